@@ -1,0 +1,165 @@
+"""The schema of everything a run leaves behind: Parquet tables, the manifest, and metric names.
+
+Written once, here, and imported by both sides: the probes that write and `analysis` that reads. No torch.
+
+Conventions used by every table:
+
+- ``step`` is the number of optimizer steps completed when the value was measured.
+- A *task* is a timestep interval, numbered from low noise (0) to high noise (K - 1).
+- Gradient probes split each task into ``halves`` disjoint sets of samples, so that cross-half products are free of
+  sampling noise. Group ``g = task * halves + half``; there are ``G = K * halves`` groups.
+- Tables hold sufficient statistics (counts, sums, inner products). Everything else is derived in `analysis`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+TELEMETRY_DIR = "telemetry"
+"""Artifact folder of a run; shards lie at ``telemetry/<table>/<shard>.parquet``."""
+MANIFEST_PATH = f"{TELEMETRY_DIR}/manifest.json"
+MASKS_PATH = f"{TELEMETRY_DIR}/masks.npz"
+"""Channel masks of a routed run: one boolean array ``(T, C)`` per block, keyed by block name."""
+CONFIG_PATH = "config.yaml"
+
+TIMESTEP_LOSS = "timestep_loss"
+GRADIENT_GRAMIAN = "gradient_gramian"
+CHANNEL_ACTIVATION = "channel_activation"
+
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+
+TABLES: dict[str, pa.Schema] = {
+    # Moments of the unweighted per-sample loss over the steps [window_start, step], one row per timestep that occurred.
+    TIMESTEP_LOSS: pa.schema(
+        [
+            ("step", pa.int64()),
+            ("window_start", pa.int64()),
+            ("split", _TEXT),  # "train" (live weights) or "val" (EMA weights, fixed noise and t)
+            ("quantity", _TEXT),  # "mse" (of the model's target) or "vb" (bits per dimension)
+            ("timestep", pa.int32()),
+            ("count", pa.int64()),
+            ("sum", pa.float64()),
+            ("sum_sq", pa.float64()),
+        ]
+    ),
+    # Inner products of the gradients of the groups' mean training losses, one row per layer.
+    GRADIENT_GRAMIAN: pa.schema(
+        [
+            ("step", pa.int64()),
+            ("layer", _TEXT),  # module name as in the state dict, e.g. "blocks.0.attn.qkv"
+            ("halves", pa.int8()),
+            ("group_count", pa.list_(pa.int32())),  # (G,) samples
+            ("group_loss", pa.list_(pa.float32())),  # (G,) mean training loss
+            ("gramian", pa.list_(pa.float32())),  # (G * G,) row major
+        ]
+    ),
+    # Moments over samples and tokens (or pixels) of what a block reads and writes.
+    CHANNEL_ACTIVATION: pa.schema(
+        [
+            ("step", pa.int64()),
+            ("block", _TEXT),
+            ("site", _TEXT),  # "input": what the residual branches read (masked); "update": what the block adds
+            ("task", pa.int32()),
+            ("count", pa.int64()),  # samples x tokens
+            ("mean", pa.list_(pa.float32())),  # (C,)
+            ("mean_square", pa.list_(pa.float32())),  # (C,)
+            ("active_fraction", pa.list_(pa.float32())),  # (C,) share of entries above the activity threshold
+        ]
+    ),
+}
+
+# Keys of the Parquet metadata that every shard carries (values are decimal strings).
+META_ATTEMPT = b"dtr.attempt"
+"""1 for the first start of a run, counted up by each resume."""
+META_RESUMED_FROM = b"dtr.resumed_from"
+"""Step of the checkpoint this attempt started from (0 for a fresh start).
+
+A reader drops rows of earlier attempts with ``step > resumed_from`` of any later one: the later attempt has
+measured those steps again.
+"""
+META_SCHEMA_VERSION = b"dtr.schema_version"
+
+TAG_COMPARISON = "dtr.comparison"
+TAG_METHOD = "dtr.method"
+TAG_SEED = "dtr.seed"
+TAG_DATASET = "dtr.dataset"
+TAG_PARAMETERS = "dtr.parameters"
+TAG_GIT_COMMIT = "dtr.git_commit"
+TAG_KIND = "dtr.kind"
+"""``training`` for a trained model, ``comparison`` for the parent run that holds a report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunManifest:
+    """What a reader must know to interpret a run's tables, without importing the training code.
+
+    Attributes:
+        method: ``"baseline"``, ``"dtr"`` or ``"random"``.
+        seed: Seed of initialisation, data order, t and noise.
+        num_timesteps: T.
+        interval_bounds: K + 1 increasing integers; task k holds the timesteps ``bounds[k] <= t < bounds[k + 1]``.
+        interval_spacing: How the bounds came about: ``"uniform"``, ``"log_snr"`` or ``"explicit"``.
+        log_snr: Natural logarithm of the signal-to-noise ratio at each timestep, length T.
+        target: ``"epsilon"``, ``"x0"`` or ``"v"``.
+        loss_weight: ``"uniform"``, ``"min_snr"`` or ``"p2"``.
+        batch_size: Samples per optimizer step, over all processes.
+        block_channels: Channels of each residual block by name, in network order.
+        routing: The mask parameters (``alpha``, ``beta``, ``variant``, ``seed``, ``per_block``), or None if plain.
+        parameters: Number of trainable parameters.
+        dataset: Name of the data set.
+    """
+
+    method: str
+    seed: int
+    num_timesteps: int
+    interval_bounds: list[int]
+    interval_spacing: str
+    log_snr: list[float]
+    target: str
+    loss_weight: str
+    batch_size: int
+    block_channels: dict[str, int]
+    routing: dict[str, float | int | str | bool] | None
+    parameters: int
+    dataset: str
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunManifest:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: If the manifest was written by a newer schema than this one.
+        """
+        fields = json.loads(text)
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"manifest has schema version {version}, this DTR Lab reads {SCHEMA_VERSION}: "
+                "read the run with the version that wrote it"
+            )
+        return cls(**fields)
+
+
+def interval_label(low: int, high: int, num_timesteps: int) -> str:
+    """Name of the timestep interval ``low <= t < high`` for metric keys and axes, e.g. ``t000-124``.
+
+    Zero-padded to the width of T - 1, so that alphabetical order is the order of noise.
+    """
+    width = len(str(num_timesteps - 1))
+    return f"t{low:0{width}d}-{high - 1:0{width}d}"
+
+
+def interval_labels(bounds: Sequence[int]) -> list[str]:
+    """The labels of all intervals given their K + 1 bounds."""
+    return [interval_label(low, high, bounds[-1]) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -68,9 +68,7 @@ def active_channels(channels: int, beta: float) -> int:
     """C_b, the number of channels in a window: beta C, truncated as in the released code (the paper is silent)."""
     count = int(channels * beta)
     if count < 1:
-        raise UserInputError(
-            f"beta = {beta} leaves none of {channels} channels: raise beta or widen the model"
-        )
+        raise UserInputError(f"beta = {beta} leaves none of {channels} channels: raise beta or widen the model")
     return count
 
 
@@ -98,9 +96,7 @@ def dtr_windows(
 def channel_masks(config: MaskConfig, num_timesteps: int, channels: int, block: int = 0) -> np.ndarray:
     """The masks m of one block, shape (T, C), bool: row t tells which channels timestep t uses."""
     if config.kind == "dtr":
-        windows = dtr_windows(
-            num_timesteps, channels, alpha=config.alpha, beta=config.beta, variant=config.variant
-        )
+        windows = dtr_windows(num_timesteps, channels, alpha=config.alpha, beta=config.beta, variant=config.variant)
         start, width = windows[:, :1], windows[:, 1:]
         channel = np.arange(channels)
         return (channel >= start) & (channel < start + width)
@@ -142,9 +138,7 @@ class ChannelRouting(nn.Module):
         if t.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel():
             low, high = rows.aminmax()
             if low < 0 or high >= self.num_timesteps:
-                raise ValueError(
-                    f"timesteps must lie in [0, {self.num_timesteps}), got {low.item()}..{high.item()}"
-                )
+                raise ValueError(f"timesteps must lie in [0, {self.num_timesteps}), got {low.item()}..{high.item()}")
         gathered = {name: getattr(self, name)[rows] for name in dict.fromkeys(self._buffer_of_block)}
         return [gathered[name] for name in self._buffer_of_block]
 

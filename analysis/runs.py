@@ -1,0 +1,230 @@
+"""MLflow -> one `xarray.Dataset` per training run. The only file of `analysis` that talks to MLflow."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import xarray as xr
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Run
+from mlflow.exceptions import MlflowException
+
+from analysis.shards import read_manifest
+from analysis.telemetry import read_telemetry
+from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import records
+
+LATEST = "latest"
+_CONNECT_TIMEOUT_SECONDS = 5.0
+_SHOWN = 12
+
+
+def load_runs(
+    tracking_uri: str | None = None,
+    *,
+    experiment: str | None = None,
+    comparison: str | None = None,
+    run_ids: Sequence[str] | None = None,
+    include_unfinished: bool = False,
+) -> list[xr.Dataset]:
+    """Loads training runs (tag ``dtr.kind`` = ``training``) with their telemetry.
+
+    Args:
+        tracking_uri: MLflow store; see `locate_store`.
+        experiment: Name of the experiment to search; needed unless ``run_ids`` are given.
+        comparison: Only runs with this ``dtr.comparison`` tag; ``"latest"`` takes the newest comparison of the
+            experiment (all its runs if none belongs to a comparison); None takes all.
+        run_ids: Exactly these runs, finished or not (naming a run is asking for it).
+        include_unfinished: Also load runs that are running, failed or killed. They are left out with a warning
+            otherwise; in either case the attribute ``status`` tells.
+
+    Returns:
+        One dataset per run, ordered by method, seed and start: the variables of `telemetry.read_telemetry`, and the
+        attributes run_id, name, method, seed, dataset, experiment, comparison, status, start_time (milliseconds since
+        the epoch) and manifest (JSON).
+
+    Raises:
+        UserInputError: If the store, experiment, comparison or a run does not exist, or no run has telemetry to read.
+    """
+    uri = locate_store(tracking_uri)
+    client = MlflowClient(tracking_uri=uri)
+    with _explained(uri):
+        if run_ids is not None:
+            chosen = [_get_run(client, run_id) for run_id in run_ids]
+        elif experiment is not None:
+            chosen = _search(client, _experiment_named(client, experiment), comparison)
+            if not include_unfinished:
+                chosen = _finished_only(chosen)
+        else:
+            raise UserInputError(f"name an experiment or run ids to load; experiments here: {_experiments(client)}")
+        loaded = [_load(client, run) for run in chosen]
+    runs = [run for run in loaded if run is not None]
+    if not runs:
+        raise UserInputError(
+            f"none of the {len(chosen)} training runs found in {uri} has finished telemetry to read: "
+            "train with `dtr-lab train` or `make demo`, or ask for unfinished runs too"
+        )
+    return sorted(runs, key=lambda run: (run.attrs["method"], run.attrs["seed"], run.attrs["start_time"]))
+
+
+def locate_store(tracking_uri: str | None = None) -> str:
+    """The store to read: the argument, else ``MLFLOW_TRACKING_URI``, else the nearest ``mlflow.db`` upwards from here.
+
+    Looking upwards lets a notebook in ``notebooks/`` find the store that ``make demo`` wrote at the root.
+
+    Raises:
+        UserInputError: If there is no store there (MLflow itself would create an empty one), or no server answers.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        here = Path.cwd()
+        candidates = [folder / "mlflow.db" for folder in (here, *here.parents)]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found is None:
+            raise UserInputError(
+                f"no mlflow.db in {here} or above it: run `make demo` to make runs, or name a store "
+                "(--tracking-uri, tracking_uri= or MLFLOW_TRACKING_URI)"
+            )
+        return f"sqlite:///{found}"
+    parsed = urlparse(uri)
+    if parsed.scheme == "sqlite":
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.is_file():
+            raise UserInputError(f"no MLflow store at {path.resolve()} (from {uri!r}): is the path right?")
+    elif parsed.scheme in ("http", "https"):
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        try:
+            # MLflow's own client retries for minutes before it gives up.
+            socket.create_connection((parsed.hostname or "", port), _CONNECT_TIMEOUT_SECONDS).close()
+        except OSError as error:
+            raise UserInputError(f"no MLflow server answers at {uri}: {error}") from error
+    elif parsed.scheme in ("", "file"):
+        raise UserInputError(
+            f"{uri!r} is not a store DTR Lab reads: use sqlite:///PATH/mlflow.db or http://HOST:PORT "
+            "(an old mlruns folder converts with `mlflow migrate-filestore`)"
+        )
+    return uri
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        raise UserInputError(f"cannot read the MLflow store {uri}: {error.message}") from error
+
+
+def _experiments(client: MlflowClient) -> str:
+    names = sorted(found.name for found in client.search_experiments())
+    return _listed(names) or "none"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _experiment_named(client: MlflowClient, name: str) -> Experiment:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        raise UserInputError(f"no experiment {name!r} in {client.tracking_uri}; there are: {_experiments(client)}")
+    return found
+
+
+def _get_run(client: MlflowClient, run_id: str) -> Run:
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise UserInputError(
+            f"no run {run_id!r} in this store: pass a full run id as the MLflow UI shows it ({error.message})"
+        ) from error
+    if run.data.tags.get(records.TAG_KIND) != "training":
+        raise UserInputError(f"run {run_id!r} ({run.info.run_name}) is not a training run of DTR Lab")
+    return run
+
+
+def _search(client: MlflowClient, experiment: Experiment, comparison: str | None) -> list[Run]:
+    """All training runs of the experiment, newest first, or those of one comparison."""
+    runs: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment.experiment_id],
+            filter_string=f"tags.`{records.TAG_KIND}` = 'training'",
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        runs.extend(page)
+        token = page.token
+        if not token:
+            break
+    if not runs:
+        raise UserInputError(f"experiment {experiment.name!r} has no training runs: make some with `dtr-lab train`")
+    if comparison is None:
+        return runs
+    known = list(dict.fromkeys(tag for run in runs if (tag := run.data.tags.get(records.TAG_COMPARISON))))
+    if comparison == LATEST:
+        if not known:
+            return runs
+        comparison = known[0]
+    if comparison not in known:
+        raise UserInputError(
+            f"no comparison {comparison!r} in experiment {experiment.name!r}; there are: {_listed(known) or 'none'}"
+        )
+    return [run for run in runs if run.data.tags.get(records.TAG_COMPARISON) == comparison]
+
+
+def _finished_only(runs: list[Run]) -> list[Run]:
+    left_out = [run for run in runs if run.info.status != "FINISHED"]
+    if left_out:
+        listed = ", ".join(f"{run.info.run_name} ({run.info.status})" for run in left_out[:_SHOWN])
+        warnings.warn(
+            f"left out {len(left_out)} unfinished of {len(runs)} runs: {listed}; "
+            "include_unfinished=True (--include-unfinished) loads them too",
+            stacklevel=4,
+        )
+    return [run for run in runs if run.info.status == "FINISHED"]
+
+
+def _load(client: MlflowClient, run: Run) -> xr.Dataset | None:
+    """The run's dataset, or None (with a warning) if it never committed telemetry."""
+    with _telemetry_folder(client, run) as folder:
+        if not (folder / Path(records.MANIFEST_PATH).name).is_file():
+            warnings.warn(f"left out run {run.info.run_name} ({run.info.run_id}): no telemetry", stacklevel=4)
+            return None
+        manifest = read_manifest(folder)
+        dataset = read_telemetry(folder)
+    dataset.attrs.update(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        method=manifest.method,
+        seed=manifest.seed,
+        dataset=manifest.dataset,
+        experiment=client.get_experiment(run.info.experiment_id).name,
+        comparison=run.data.tags.get(records.TAG_COMPARISON, ""),
+        status=run.info.status,
+        start_time=run.info.start_time,
+    )
+    return dataset
+
+
+@contextmanager
+def _telemetry_folder(client: MlflowClient, run: Run) -> Iterator[Path]:
+    """The run's telemetry as a local folder: in place where artifacts lie on this machine, else a download."""
+    location = urlparse(run.info.artifact_uri)
+    if location.scheme in ("", "file"):
+        root = url2pathname(location.path) if location.scheme == "file" else run.info.artifact_uri
+        yield Path(root) / records.TELEMETRY_DIR
+        return
+    with tempfile.TemporaryDirectory(prefix="dtr-lab-") as download:
+        if any(item.path == records.TELEMETRY_DIR for item in client.list_artifacts(run.info.run_id)):
+            client.download_artifacts(run.info.run_id, records.TELEMETRY_DIR, download)
+        yield Path(download) / records.TELEMETRY_DIR

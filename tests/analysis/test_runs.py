@@ -1,0 +1,106 @@
+import socket
+
+import pytest
+from mlflow import MlflowClient
+
+from analysis.runs import load_runs, locate_store
+from lightning_modules.errors import UserInputError
+from tests.analysis import synthetic
+
+
+@pytest.fixture(scope="module")
+def mixed_store(tmp_path_factory):
+    """Two comparisons, the newer with a killed run and a run without telemetry; URI and ids by name."""
+    folder = tmp_path_factory.mktemp("mixed")
+    uri = synthetic.make_store(folder, seeds=1, methods=("baseline",))
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(synthetic.EXPERIMENT).experiment_id
+    empty = client.create_experiment("empty", artifact_location=str(folder / "empty"))
+    hollow = client.create_experiment("hollow", artifact_location=str(folder / "hollow"))
+    add = {
+        "finished": synthetic.add_run(client, experiment, "dtr", 5, comparison="c-two"),
+        "killed": synthetic.add_run(client, experiment, "dtr", 6, comparison="c-two", status="KILLED"),
+        "bare": synthetic.add_run(client, experiment, "dtr", 7, comparison="c-two", telemetry=False),
+        "hollow": synthetic.add_run(client, hollow, "dtr", 8, comparison="c-two", telemetry=False),
+        "report": client.create_run(empty, run_name="report").info.run_id,
+    }
+    return uri, add
+
+
+def test_loads_every_run_with_its_attributes(runs):
+    assert [(run.attrs["method"], run.attrs["seed"]) for run in runs] == [
+        (method, seed) for method in ("baseline", "dtr", "random") for seed in range(3)
+    ]
+    attrs = runs[3].attrs
+    assert (attrs["name"], attrs["experiment"], attrs["comparison"]) == ("dtr-0", synthetic.EXPERIMENT, "c-one")
+    assert attrs["status"] == "FINISHED"
+    assert "mask" in runs[3]
+    assert "mask" not in runs[0]
+
+
+def test_unfinished_and_hollow_runs_are_left_out_aloud(mixed_store):
+    uri, _ = mixed_store
+    with pytest.warns(UserWarning, match="left out") as caught:
+        found = load_runs(uri, experiment=synthetic.EXPERIMENT)
+    assert [run.attrs["name"] for run in found] == ["baseline-0", "dtr-5"]
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "dtr-6 (KILLED)" in said
+    assert "dtr-7" in said
+    with pytest.warns(UserWarning, match="no telemetry"):
+        found = load_runs(uri, experiment=synthetic.EXPERIMENT, include_unfinished=True)
+    assert [run.attrs["status"] for run in found] == ["FINISHED", "FINISHED", "KILLED"]
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_selection_by_comparison_and_run_id(mixed_store):
+    uri, ids = mixed_store
+    for comparison, names in (("latest", ["dtr-5"]), ("c-one", ["baseline-0"])):
+        found = load_runs(uri, experiment=synthetic.EXPERIMENT, comparison=comparison)
+        assert [run.attrs["name"] for run in found] == names
+    found = load_runs(uri, run_ids=[ids["killed"]])
+    assert found[0].attrs["status"] == "KILLED"
+
+
+def test_wrong_names_list_what_exists(mixed_store):
+    uri, ids = mixed_store
+    with pytest.raises(UserInputError, match=r"no experiment 'digits'.*'digits-demo'"):
+        load_runs(uri, experiment="digits")
+    with pytest.raises(UserInputError, match=r"no comparison 'c-3'.*'c-two', 'c-one'"):
+        load_runs(uri, experiment=synthetic.EXPERIMENT, comparison="c-3")
+    with pytest.raises(UserInputError, match="no run 'abc'"):
+        load_runs(uri, run_ids=["abc"])
+    with pytest.raises(UserInputError, match="not a training run"):
+        load_runs(uri, run_ids=[ids["report"]])
+    with pytest.raises(UserInputError, match="no training runs"):
+        load_runs(uri, experiment="empty")
+    with pytest.raises(UserInputError, match="name an experiment or run ids"):
+        load_runs(uri)
+    with pytest.warns(UserWarning, match="no telemetry"), pytest.raises(UserInputError, match="finished telemetry"):
+        load_runs(uri, experiment="hollow")
+
+
+def test_missing_stores_are_not_created(tmp_path, monkeypatch):
+    with pytest.raises(UserInputError, match="no MLflow store at"):
+        load_runs(f"sqlite:///{tmp_path}/other.db", experiment="x")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserInputError, match="migrate-filestore"):
+        locate_store("./mlruns")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(UserInputError, match="no MLflow server answers"):
+        locate_store(f"http://127.0.0.1:{port}")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserInputError, match="make demo"):
+        locate_store()
+
+
+def test_store_is_found_upwards(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlflow.db").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert locate_store() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert locate_store(None) == f"sqlite:///{tmp_path}/mlflow.db"

@@ -1,0 +1,83 @@
+"""``dtr-lab demo``: the main job, end to end, on real digits.
+
+Trains a plain DiT, random routing and DTR, two seeds each, side by side; compares them; says where to look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+EXPERIMENT = "digits-demo"
+METHODS = ("baseline", "random", "dtr")
+CONFIGS = Path(__file__).parent / "digits"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of each method (default: 0 1)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps per run (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="trainings side by side (default: %(default)s)")
+    parser.add_argument("--tracking-uri", help="MLflow store (default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="checkpoints (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, compares, reports. Returns 1 if a training failed."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from experiments.compare import compare, create_comparison, print_summary
+    from experiments.trainings import Training, run_trainings
+    from experiments.ui import ui_command
+    from lightning_modules.errors import UserInputError
+    from lightning_modules.tracking.store import check_store, resolve_tracking_uri
+
+    if args.steps < 1 or args.workers < 1 or len(set(args.seeds)) < len(args.seeds):
+        raise UserInputError("--steps and --workers must be at least 1, and --seeds must differ from one another")
+    uri = resolve_tracking_uri(args.tracking_uri)
+    check_store(uri)
+    comparison = time.strftime("demo-%Y%m%d-%H%M%S")
+    print(f"DTR Lab demo: {len(METHODS)} methods x {len(args.seeds)} seeds x {args.steps} steps on 1,500 real digits.")
+    parent = create_comparison(uri, experiment=EXPERIMENT, comparison=comparison)
+    out = args.run_dir / comparison
+    jobs = [
+        Training(
+            name=f"{method} seed {seed}",
+            arguments=_arguments(method, seed, args, uri, comparison, parent),
+            log=out / "logs" / f"{method}-seed{seed}.log",
+        )
+        for seed in args.seeds
+        for method in METHODS
+    ]
+    failed = run_trainings(jobs, workers=args.workers)
+    for job in failed:
+        print(f"\n{job.name} failed; the end of {job.log}:\n{job.log_tail()}", file=sys.stderr)
+    if failed:
+        return 1
+
+    print("\nComparing …")
+    summary = compare(uri, experiment=EXPERIMENT, comparison=comparison, out=out)
+    print_summary(summary)
+    print(f"Figures, tables and the report: {out}{os.sep} (report.html)")
+    print(f"\nOpen these runs in MLflow:\n  {ui_command(uri, EXPERIMENT, comparison)}")
+    return 0
+
+
+def _arguments(method: str, seed: int, args: argparse.Namespace, uri: str, comparison: str, parent: str) -> list[str]:
+    """Command line of one training, after ``dtr-lab train``."""
+    settings = {
+        "config": CONFIGS / f"{method}.yaml",
+        "seed_everything": seed,
+        "trainer.max_steps": args.steps,
+        "trainer.val_check_interval": min(250, args.steps),
+        "progress.style": "lines",
+        "tracking.tracking_uri": uri,
+        "tracking.experiment": EXPERIMENT,
+        "tracking.run_name": f"{method}-seed{seed}",
+        "tracking.comparison": comparison,
+        "tracking.parent_run_id": parent,
+        "tracking.run_dir": args.run_dir,
+    }
+    return [f"--{key}={value}" for key, value in settings.items()]

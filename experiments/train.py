@@ -1,0 +1,158 @@
+"""``dtr-lab train``: one training from a YAML configuration, by LightningCLI."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_modules.tracking.callback import RunTracking, tracking_state
+from lightning_modules.tracking.logger import TrackingLogger
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from lightning_modules.checkpoint import read_checkpoint
+from lightning_modules.data.digits import DigitsData
+from lightning_modules.data.image_folder import ImageFolderData
+from lightning_modules.data.images import ImageData
+from lightning_modules.denoiser import BaselineModule, DenoiserModule, DTRModule
+from lightning_modules.errors import UserInputError
+from lightning_modules.probes.channel_activation import ChannelActivationProbe
+from lightning_modules.probes.gradient_conflict import GradientConflictProbe
+from lightning_modules.probes.timestep_loss import TimestepLossProbe
+from lightning_modules.progress import StepProgress
+from lightning_modules.run_record import RunRecord
+from lightning_modules.sample_grid import SampleGrid
+from lightning_modules.tracking.store import check_store, resolve_tracking_uri
+
+__all__ = ["BaselineModule", "DTRModule", "DigitsData", "ImageFolderData", "main"]  # short class_path names in YAML
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 1000,
+    "max_epochs": -1,
+    "accelerator": "auto",
+    "val_check_interval": 250,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 50,
+    "use_distributed_sampler": False,  # our batch sampler divides the batch among processes itself
+    "enable_model_summary": False,
+}
+
+
+class TrainCLI(LightningCLI):
+    """Adds to LightningCLI: tracking, probes, samples and checkpoints as named groups, and one seed for everything."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Declares the groups. Probes and samples are turned off by ``every_n_steps: 0``."""
+        parser.add_class_arguments(TrackingLogger, "tracking")
+        parser.add_lightning_class_args(TimestepLossProbe, "timestep_loss")
+        parser.add_lightning_class_args(GradientConflictProbe, "gradient_conflict")
+        parser.add_lightning_class_args(ChannelActivationProbe, "channel_activation")
+        parser.add_lightning_class_args(SampleGrid, "samples")
+        parser.add_lightning_class_args(StepProgress, "progress")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.every_n_train_steps": 500,
+                "checkpoint.filename": "step-{step:08d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": "link",
+            }
+        )
+        parser.add_argument("--resume", type=str | None, default=None, help="Checkpoint to go on from.")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives the trainer our logger, and the callbacks that need the finished parts."""
+        config = self.parser.dump(self.config, skip_link_targets=False)
+        # RunTracking commits what the probes flush when a checkpoint is saved, so it must come after them.
+        extra = [RunRecord(self.datamodule, config), RunTracking()]
+        trainer_config = self._get(self.config_init, "trainer")
+        callbacks = trainer_config.get("callbacks") or []
+        return super().instantiate_trainer(
+            logger=self._get(self.config_init, "tracking"), callbacks=[*callbacks, *extra], **kwargs
+        )
+
+
+def check_fit(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None:
+    """Everything that can be known to be wrong before a run is created.
+
+    Raises:
+        UserInputError: Naming the culprit and the cure.
+    """
+    if trainer.max_steps < 1:
+        raise UserInputError(
+            f"trainer.max_steps must be at least 1, got {trainer.max_steps}: training has no other end"
+        )
+    config = module.backbone.config
+    if config.input_size != data.image_size or config.in_channels != data.channels:
+        raise UserInputError(
+            f"data set {data.name} has images of {data.channels} x {data.image_size} x {data.image_size}, but the "
+            f"backbone takes {config.in_channels} x {config.input_size} x {config.input_size}: set "
+            f"model.init_args.backbone.in_channels and input_size to match"
+        )
+    if config.num_classes not in (0, data.num_classes):
+        raise UserInputError(
+            f"data set {data.name} has {data.num_classes} classes, but backbone.num_classes is {config.num_classes}: "
+            f"set it to {data.num_classes}, or to 0 for an unconditional model"
+        )
+    if data.batch_size % trainer.world_size:
+        raise UserInputError(f"data.batch_size {data.batch_size} must be divisible by {trainer.world_size} processes")
+    data.setup("fit")
+
+
+def resume_run(path: str, module: DenoiserModule, logger: TrackingLogger) -> None:
+    """Makes the logger go on with the run that the checkpoint belongs to.
+
+    Raises:
+        UserInputError: If the file is no checkpoint, or of another model.
+    """
+    stored = dict(read_checkpoint(path)["hyper_parameters"])
+    for part in ("class", "backbone", "diffusion", "routing", "seed"):
+        if stored.get(part) != module.hparams.get(part):
+            raise UserInputError(
+                f"cannot resume from {path}: its {part} is {stored.get(part)}, the configuration's "
+                f"{module.hparams.get(part)}. Resume with the config.yaml that the run kept among its artifacts"
+            )
+    logger.resume(tracking_state(path))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains; the exit status is 0 when training finished, 130 when it was interrupted."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*`LeafSpec` is deprecated.*")
+    cli = TrainCLI(
+        DenoiserModule,
+        ImageData,
+        args=list(argv),
+        run=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"prog": "dtr-lab train", "default_env": False},
+    )
+    logger = cli.trainer.logger
+    assert isinstance(logger, TrackingLogger)
+    check_store(resolve_tracking_uri(logger.tracking_uri))
+    check_fit(cli.model, cli.datamodule, cli.trainer)
+    resume = cli.config.get("resume")
+    if resume is not None:
+        resume_run(resume, cli.model, logger)
+    torch.set_float32_matmul_precision("high")
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if resume is None else str(Path(resume)))
+    except SystemExit:
+        return 130  # Lightning turns Ctrl-C into an exit of its own, after it has closed the run as KILLED
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,65 @@
+"""Checkpoints: what is in one, and the model it holds."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_modules.backbones.dit import DiTConfig
+from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
+from lightning_modules.denoiser import BaselineModule, DenoiserModule, DTRModule
+from lightning_modules.diffusion import DiffusionConfig
+from lightning_modules.errors import UserInputError
+from lightning_modules.loss_weights import LossWeightConfig
+from lightning_modules.routing import MaskConfig
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a training checkpoint, on the CPU. Unpickles tensors and plain values only.
+
+    Raises:
+        UserInputError: If there is no such file, or it is not a checkpoint of DTR Lab.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserInputError(f"no checkpoint at {path.absolute()}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserInputError(f"cannot read checkpoint {path}: {first_line}") from error
+    if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint or "state_dict" not in checkpoint:
+        raise UserInputError(f"{path} is not a checkpoint of DTR Lab: it lacks hyper_parameters or state_dict")
+    return checkpoint
+
+
+def load_denoiser(path: str | Path) -> DenoiserModule:
+    """The module that a checkpoint holds, with its weights and their average, in evaluation mode, on the CPU.
+
+    Raises:
+        UserInputError: As `read_checkpoint`, and if the weights do not fit the settings stored beside them.
+    """
+    checkpoint = read_checkpoint(path)
+    settings = dict(checkpoint["hyper_parameters"])
+    try:
+        arguments: dict[str, Any] = {
+            "backbone": DiTConfig(**settings["backbone"]),
+            "diffusion": DiffusionConfig(**settings["diffusion"]),
+            "loss_weight": LossWeightConfig(**settings["loss_weight"]),
+            "intervals": IntervalConfig(**settings["intervals"]),
+            "optimization": OptimizationConfig(**settings["optimization"]),
+            "validation": ValidationConfig(**settings["validation"]),
+            "seed": settings["seed"],
+        }
+        module: DenoiserModule
+        if "routing" in settings:
+            module = DTRModule(routing=MaskConfig(**settings["routing"]), **arguments)
+        else:
+            module = BaselineModule(**arguments)
+        module.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserInputError(f"checkpoint {path} does not fit this version of DTR Lab: {error}") from error
+    return module.eval()

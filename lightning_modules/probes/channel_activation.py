@@ -1,0 +1,154 @@
+"""Probe: how strongly each task uses each channel of each residual block, on a schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.denoiser import DenoiserModule
+from lightning_modules.errors import UserInputError
+from lightning_modules.probes.schedule import is_scheduled
+from lightning_modules.tracking.logger import writer_of
+from lightning_modules.tracking.records import CHANNEL_ACTIVATION, TABLES
+
+SITES = ("input", "update")
+DEAD = 1e-4
+"""A channel counts as dead for a task if its mean square is below this share of the mean over all channels."""
+
+
+class ChannelActivationProbe(pl.Callback):
+    """Writes table `CHANNEL_ACTIVATION` and the scalars ``activation/…``.
+
+    It listens during a scheduled training step's own forward pass and is not there at other steps. Measured are what a
+    block's residual branches read (``input``: m * z, zero on masked channels) and what they add (``update``).
+
+    Args:
+        every_n_steps: Steps between two measurements; the first is after this many steps. 0 turns the probe
+            off.
+        threshold: An entry is active if its magnitude exceeds this share of the root mean square over the block's
+            whole input (or update).
+    """
+
+    def __init__(self, every_n_steps: int = 200, threshold: float = 0.1) -> None:
+        if every_n_steps < 0:
+            raise UserInputError(f"channel_activation every_n_steps must not be negative (0: off), got {every_n_steps}")
+        if not threshold > 0:
+            raise UserInputError(f"channel_activation threshold must be positive, got {threshold}")
+        self.every_n_steps = every_n_steps
+        self.threshold = threshold
+        self._handles: list[Any] = []
+        self._stance: Any = None
+        self._samples: dict[tuple[str, str], Tensor] = {}
+        self._tokens = 0
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: DenoiserModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Starts to listen if the schedule names this step."""
+        if not is_scheduled(trainer, batch_idx, self.every_n_steps):
+            return
+        # A compiled graph does not run hooks that were added after it was traced.
+        self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
+        for index, block in enumerate(pl_module.backbone.blocks):
+            self._handles.append(block.register_forward_hook(self._listener(f"blocks.{index}")))
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: DenoiserModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stops listening and writes."""
+        if not self._handles:
+            return
+        self._stop()
+        moments = {
+            key: trainer.strategy.reduce(self._by_task(pl_module, outputs["t"], sums), reduce_op="sum")
+            for key, sums in self._samples.items()
+        }
+        self._samples = {}
+        writer = writer_of(trainer)
+        if writer is not None:
+            # The optimizer has stepped since; the measurement belongs to the step before.
+            step = trainer.global_step - ((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+            arrays = {key: value.cpu().numpy() for key, value in moments.items()}
+            writer.log_rows(CHANNEL_ACTIVATION, _rows(arrays, step))
+            writer.log_metrics(_summary(arrays), step)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: DenoiserModule, exception: BaseException) -> None:
+        """Leaves no hook behind."""
+        self._stop()
+        self._samples = {}
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+    def _listener(self, name: str) -> Any:
+        @torch.no_grad()
+        def listen(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+            read = args[0].detach().float()
+            for site, values in zip(SITES, (read, output.detach().float() - read), strict=True):
+                square = values.square()
+                active = square > self.threshold**2 * square.mean()
+                # Means over tokens, one row per sample: (B, 3, C).
+                self._samples[name, site] = torch.stack([values.mean(1), square.mean(1), active.float().mean(1)], 1)
+            self._tokens = read.shape[1]
+
+        return listen
+
+    def _by_task(self, module: DenoiserModule, t: Tensor, sums: Tensor) -> Tensor:
+        """Sums over samples and tokens per task, (K, 4, C): count, sum, sum of squares, number active."""
+        per_sample = torch.cat([torch.ones_like(sums[:, :1]), sums], dim=1).double() * self._tokens
+        total = torch.zeros(
+            (module.intervals.num_intervals, *per_sample.shape[1:]), dtype=torch.float64, device=t.device
+        )
+        return total.index_add_(0, module.intervals.task_of(t), per_sample)
+
+
+def _rows(moments: dict[tuple[str, str], np.ndarray], step: int) -> dict[str, list[Any]]:
+    """Columns of `CHANNEL_ACTIVATION` from the sums (K, 4, C) of each block and site; empty tasks have no row."""
+    columns: dict[str, list[Any]] = {field.name: [] for field in TABLES[CHANNEL_ACTIVATION]}
+    for (block, site), sums in moments.items():
+        for task, (count, total, squares, active) in enumerate(sums):
+            if count[0] == 0:
+                continue
+            row = (step, block, site, task, int(count[0]), total / count, squares / count, active / count)
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value.astype(np.float32) if isinstance(value, np.ndarray) else value)
+    return columns
+
+
+def _summary(moments: dict[tuple[str, str], np.ndarray]) -> dict[str, float]:
+    """Dead share and effective number of channels of the blocks' inputs, averaged over blocks and tasks.
+
+    The effective number is the participation ratio (sum of mean squares)^2 / (sum of their squares): C if all channels
+    carry the same energy, 1 if one carries all.
+    """
+    dead, effective = [], []
+    for (_, site), sums in moments.items():
+        if site != "input":
+            continue
+        seen = sums[:, 0, 0] > 0
+        energy = sums[seen, 2] / sums[seen, 0]
+        dead.append((energy < DEAD * energy.mean(1, keepdims=True)).mean())
+        effective.append((energy.sum(1) ** 2 / np.square(energy).sum(1)).mean())
+    return {
+        "activation/dead_fraction": float(np.mean(dead)),
+        "activation/effective_channels": float(np.mean(effective)),
+    }

@@ -1,0 +1,116 @@
+"""Callback: writes down what a run is, so that it can be read without the training code."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+
+from lightning_modules.data.images import ImageData
+from lightning_modules.denoiser import DenoiserModule
+from lightning_modules.tracking import records
+from lightning_modules.tracking.logger import writer_of
+
+
+class RunRecord(pl.Callback):
+    """At the start of training: the manifest, the channel masks, the parameters, and tags to find the run by.
+
+    Args:
+        data: The data module that feeds the run.
+        config: The resolved configuration as YAML, kept as ``config.yaml``.
+    """
+
+    def __init__(self, data: ImageData, config: str = "") -> None:
+        self.data = data
+        self.config = config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
+        """Writes everything; a resumed run writes the same again."""
+        writer = writer_of(trainer)
+        if writer is None:
+            return
+        manifest = run_manifest(pl_module, self.data, trainer)
+        writer.log_file(records.MANIFEST_PATH, manifest.to_json())
+        routing = pl_module.backbone.routing
+        if routing is not None:
+            masks = {name: routing.block_masks(index) for index, name in enumerate(manifest.block_channels)}
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **masks)  # type: ignore[arg-type]
+            writer.log_file(records.MASKS_PATH, buffer.getvalue())
+        if self.config:
+            writer.log_file(records.CONFIG_PATH, self.config)
+        writer.log_params(
+            _flat({**dict(pl_module.hparams), "data": self.data.name, "batch_size": self.data.batch_size})
+        )
+        writer.set_tags(
+            {
+                records.TAG_KIND: "training",
+                records.TAG_METHOD: manifest.method,
+                records.TAG_SEED: str(manifest.seed),
+                records.TAG_DATASET: manifest.dataset,
+                records.TAG_PARAMETERS: str(manifest.parameters),
+                "mlflow.note.content": describe(manifest, trainer),
+            }
+        )
+
+
+def run_manifest(module: DenoiserModule, data: ImageData, trainer: pl.Trainer) -> records.RunManifest:
+    """The manifest of a run."""
+    routing = module.hparams.get("routing")
+    backbone = module.backbone
+    return records.RunManifest(
+        method=module.method,
+        seed=module.seed,
+        num_timesteps=module.diffusion.num_timesteps,
+        interval_bounds=list(module.intervals.bounds),
+        interval_spacing=module.intervals.spacing,
+        log_snr=[round(float(value), 6) for value in module.diffusion.log_snr],
+        target=module.diffusion.config.target,
+        loss_weight=module.loss_weight.name,
+        batch_size=data.batch_size * trainer.accumulate_grad_batches,
+        block_channels={f"blocks.{index}": backbone.hidden_size for index in range(len(backbone.blocks))},
+        routing=None if routing is None else dict(routing),
+        parameters=sum(p.numel() for p in backbone.parameters() if p.requires_grad),
+        dataset=data.name,
+    )
+
+
+def describe(manifest: records.RunManifest, trainer: pl.Trainer) -> str:
+    """The run in words (Markdown), for the description on its page in the MLflow UI."""
+    names = {"baseline": "Plain denoiser", "dtr": "Denoising Task Routing (DTR)", "random": "Random routing (R-TR)"}
+    lines = [
+        f"**{names[manifest.method]}**, {manifest.parameters:,} parameters, on {manifest.dataset}, "
+        f"seed {manifest.seed}.",
+        "",
+    ]
+    if manifest.routing is not None:
+        beta, alpha = manifest.routing["beta"], manifest.routing["alpha"]
+        shape = (
+            f"a window that slides with alpha = {alpha}" if manifest.method == "dtr" else "a random subset per timestep"
+        )
+        lines += [f"Each timestep uses beta = {beta} of every block's channels: {shape}.", ""]
+    lines += [
+        f"Target {manifest.target}, loss weight {manifest.loss_weight}, {trainer.max_steps:,} steps of "
+        f"{manifest.batch_size} images, T = {manifest.num_timesteps} in {len(manifest.interval_bounds) - 1} "
+        f"intervals ({manifest.interval_spacing}).",
+        "",
+        "Charts: `loss/val` is the unweighted error on held-out images at fixed noise, `loss/val_t…` the same per "
+        "timestep interval. Images: `conflict_cosine` (gradient cosine between intervals), `samples`.",
+    ]
+    return "\n".join(lines)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested settings as dotted names; lists as JSON, and None as the word."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif isinstance(value, str | int | float):
+            flat[prefix + key] = value
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat

@@ -1,0 +1,156 @@
+"""Tests for `lightning_modules/denoiser.py`."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lightning_modules.config import IntervalConfig, OptimizationConfig
+from lightning_modules.denoiser import BaselineModule, NoisedBatch, add_moments
+from lightning_modules.diffusion import DiffusionConfig
+from lightning_modules.errors import UserInputError
+from lightning_modules.loss_weights import LossWeightConfig
+from tests.lightning_modules.conftest import BACKBONE, DIFFUSION
+
+
+def test_methods_of_one_seed_share_initialisation_timesteps_and_noise(make_denoiser, batch):
+    modules = [make_denoiser(method, awake=False, seed=5) for method in ("baseline", "random", "dtr")]
+    assert [module.method for module in modules] == ["baseline", "random", "dtr"]
+    plain = modules[0]
+    for module in modules[1:]:
+        for (name, p), q in zip(plain.state_dict().items(), module.state_dict().values(), strict=True):
+            assert torch.equal(p, q), name
+        for a, b in zip(plain.draw(batch, 3), module.draw(batch, 3), strict=True):
+            assert torch.equal(a, b)
+    other = make_denoiser("baseline", awake=False, seed=6)
+    assert not torch.equal(plain.backbone.x_embedder.proj.weight, other.backbone.x_embedder.proj.weight)
+    assert not torch.equal(plain.draw(batch, 3).noise, other.draw(batch, 3).noise)
+    assert not torch.equal(plain.draw(batch, 3).noise, plain.draw(batch, 4).noise)
+
+
+def test_building_a_module_leaves_the_callers_random_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    BaselineModule(BACKBONE, DIFFUSION)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_training_loss_is_the_mean_of_the_weighted_squared_error(make_denoiser, batch):
+    module = make_denoiser("dtr", loss_weight=LossWeightConfig(name="min_snr"))
+    drawn = module.draw(batch, 0)
+    alpha_bar = torch.sigmoid(module.diffusion.log_snr[drawn.t].double())
+    x_t = alpha_bar.sqrt()[:, None, None, None] * drawn.x0 + (1 - alpha_bar).sqrt()[:, None, None, None] * drawn.noise
+    error = (module.backbone(x_t.float(), drawn.t, drawn.y) - drawn.noise).square().mean((1, 2, 3))
+    snr = alpha_bar / (1 - alpha_bar)
+    expected = (torch.clamp(5 / snr, max=1) * error).mean()
+    outputs = module.training_step(batch, 0)
+    assert outputs["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(outputs["mse"], error.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_unequal_intervals_do_not_change_what_is_minimised(make_denoiser):
+    """Stratified sampling over unequal intervals, averaged over many draws, estimates the loss over uniform t."""
+    losses = {}
+    images = torch.zeros(512, 1, 8, 8)
+    for sampling in ("stratified", "uniform"):
+        module = make_denoiser(intervals=IntervalConfig(bounds=[0, 20, 100, 1000], sampling=sampling))
+        with torch.no_grad():
+            steps = [module.training_step((images, torch.zeros(512).long()), n)["loss"] for n in range(12)]
+        losses[sampling] = torch.stack(steps)
+    error = torch.stack([v.std() / len(v) ** 0.5 for v in losses.values()]).norm()
+    assert (losses["stratified"].mean() - losses["uniform"].mean()).abs() < 4 * error + 1e-6
+
+
+def test_label_dropout_replaces_its_share_by_the_null_class(make_denoiser):
+    module = make_denoiser(backbone=dataclasses.replace(BACKBONE, label_dropout=0.25))
+    labels = torch.arange(4000) % 10
+    y = module.draw((torch.zeros(4000, 1, 8, 8), labels), 0).y
+    dropped = y == module.backbone.null_class
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(y[~dropped], labels[~dropped])
+
+
+def test_an_unconditional_model_sees_no_labels(make_denoiser, batch):
+    module = make_denoiser(backbone=dataclasses.replace(BACKBONE, num_classes=0))
+    assert module.draw(batch, 0).y is None
+    assert torch.isfinite(module.training_step(batch, 0)["loss"])
+
+
+def test_validation_measures_the_averaged_weights_on_noise_that_never_changes(make_denoiser, batch):
+    module = make_denoiser(seed=1)
+    twin = make_denoiser(seed=2)
+    twin.load_state_dict(module.state_dict())
+    for each in (module, twin):
+        with torch.no_grad():
+            for parameter in each.backbone.parameters():
+                parameter.add_(1.0)  # the average must not notice
+        each.on_validation_epoch_start()
+        each.validation_step(batch, 0)
+    assert torch.equal(module.validation_moments, twin.validation_moments)
+    assert module.validation_moments[0, 0].sum() == 16 * module.validation.repeats
+    module.validation_step(batch, 1)
+    second = module.validation_moments - twin.validation_moments
+    assert not torch.equal(second, twin.validation_moments), "another batch has other noise"
+
+
+def test_interval_means_weigh_each_interval_by_its_width(make_denoiser):
+    module = make_denoiser(intervals=IntervalConfig(bounds=[0, 250, 1000]))
+    moments = torch.zeros(3, 1000, dtype=torch.float64)
+    add_moments(moments, torch.tensor([0, 10, 500]), torch.tensor([1.0, 3.0, 10.0]))
+    means = module.interval_means(moments, "loss/val")
+    assert {key: round(value.item(), 6) for key, value in means.items()} == {
+        "loss/val": 0.25 * 2 + 0.75 * 10,
+        "loss/val_t000-249": 2.0,
+        "loss/val_t250-999": 10.0,
+    }
+
+
+def test_moments_accumulate_repeated_timesteps():
+    moments = torch.zeros(3, 5, dtype=torch.float64)
+    add_moments(moments, torch.tensor([1, 1, 4]), torch.tensor([2.0, 3.0, 5.0]))
+    assert moments.tolist() == [[0, 2, 0, 0, 1], [0, 5, 0, 0, 5], [0, 13, 0, 0, 25]]
+
+
+def test_learned_variance_adds_the_variational_term(make_denoiser, batch):
+    learned = make_denoiser(
+        backbone=dataclasses.replace(BACKBONE, learn_sigma=True),
+        diffusion=DiffusionConfig(schedule="cosine", variance="learned_range"),
+    )
+    losses = learned.sample_losses(learned.draw(batch, 0))
+    torch.testing.assert_close(losses.loss, losses.mse + losses.vb)
+    with pytest.raises(UserInputError, match="learn_sigma"):
+        make_denoiser(backbone=dataclasses.replace(BACKBONE, learn_sigma=True))
+
+
+def test_sample_losses_of_a_part_are_the_parts_losses(make_denoiser, batch):
+    module = make_denoiser("dtr").double()
+    drawn = module.draw((batch[0].double(), batch[1]), 0)
+    whole = module.sample_losses(drawn).loss
+    part = module.sample_losses(NoisedBatch(*(field[5:9] for field in drawn))).loss
+    torch.testing.assert_close(part, whole[5:9], rtol=1e-10, atol=1e-12)
+
+
+def test_compilation_leaves_the_checkpoint_keys_alone(make_denoiser):
+    module = make_denoiser(optimization=OptimizationConfig(compile=True))
+    keys = list(module.state_dict())
+    module.configure_model()
+    assert list(module.state_dict()) == keys == list(make_denoiser().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "culprit"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+    ],
+)
+def test_bad_optimization_is_refused_by_name(settings, culprit):
+    with pytest.raises(UserInputError, match=culprit):
+        OptimizationConfig(**settings)
+
+
+def test_explicit_bounds_must_reach_the_last_timestep(make_denoiser):
+    with pytest.raises(UserInputError, match="end at T = 1000"):
+        make_denoiser(intervals=IntervalConfig(bounds=[0, 10]))

@@ -1,0 +1,257 @@
+"""``dtr-lab ui``: MLflow's user interface on the right store, opened at the runs that belong together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import IO, TYPE_CHECKING
+from urllib.parse import quote, urlencode
+
+from lightning_modules.errors import UserInputError
+from lightning_modules.tracking.records import TAG_COMPARISON, TAG_KIND, TAG_METHOD
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+HOST = "127.0.0.1"
+LATEST = "latest"
+REPORT = "report.html"
+_PORTS_TRIED = 100
+_START_SECONDS = 120.0
+_STOP_SECONDS = 5.0
+_LOG_LINES = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("--tracking-uri", help="MLflow store (default: $MLFLOW_TRACKING_URI or the nearest mlflow.db)")
+    parser.add_argument("--experiment", help="experiment to open (default: the one with the newest run)")
+    parser.add_argument("--comparison", help=f"show only this comparison's runs; '{LATEST}' for the newest one")
+    parser.add_argument("--port", type=_port, default=5000, help="first port to try (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the links, and serves them until Ctrl-C unless the store is a server already.
+
+    Raises:
+        UserInputError: If the store, the experiment or the comparison is not there, or no port is free.
+    """
+    from analysis.runs import locate_store
+    from lightning_modules.tracking.store import check_store, mlflow_client, redacted
+
+    uri = locate_store(args.tracking_uri)
+    check_store(uri)
+    client = mlflow_client(uri)
+    experiment_id, experiment = _find_experiment(client, redacted(uri), args.experiment)
+    pages = _pages(client, experiment_id, experiment, args.comparison)
+    if uri.startswith(("http://", "https://")):
+        _print_links(redacted(uri), pages)
+        return 0
+
+    port = _free_port(args.port)
+    if port != args.port:
+        print(f"port {args.port} is in use, taking {port}", file=sys.stderr)
+    return _serve(uri, port, pages)
+
+
+def comparison_url(base_url: str, experiment_id: str, comparison: str) -> str:
+    """Link to MLflow's charts of one comparison: its training runs side by side, and the run with its report.
+
+    Found out by driving MLflow 3.17 in a browser, and kept true by ``tests/browser``:
+
+    - ``workflowType`` switches from the GenAI view to model training, only as part of the query *after* the ``#``.
+    - Sorted by time, the default, runs are nested under their parent, folded, and charts leave them out. Sorted by
+      anything else they are listed flat and all drawn; sorted by method, seeds of one method stand together and the
+      comparison's own run, which has no method, comes last.
+    - ``compareRunsMode=CHART`` opens the charts, where images have their step slider. Columns cannot be chosen by link.
+    """
+    mark = '"' if "'" in comparison else "'"
+    query = {
+        "workflowType": "machine_learning",
+        "searchFilter": f"tags.`{TAG_COMPARISON}` = {mark}{comparison}{mark}",
+        "orderByKey": f"tags.`{TAG_METHOD}`",
+        "orderByAsc": "true",
+        "compareRunsMode": "CHART",
+    }
+    return f"{_experiment_page(base_url, experiment_id)}/runs?{urlencode(query, quote_via=quote)}"
+
+
+def experiment_url(base_url: str, experiment_id: str) -> str:
+    """Link to all runs of an experiment."""
+    return f"{_experiment_page(base_url, experiment_id)}/runs?workflowType=machine_learning"
+
+
+def artifact_url(base_url: str, experiment_id: str, run_id: str, path: str) -> str:
+    """Link to one file of a run, shown in MLflow's artifact viewer."""
+    page = f"{_experiment_page(base_url, experiment_id)}/runs/{run_id}/artifacts/{quote(path)}"
+    return f"{page}?workflowType=machine_learning"
+
+
+def ui_command(tracking_uri: str, experiment: str, comparison: str | None = None) -> str:
+    """What to type here to see these runs, ready for a shell."""
+    from lightning_modules.tracking.store import redacted, resolve_tracking_uri
+
+    words = [*_program(), "ui"]
+    if tracking_uri != resolve_tracking_uri():
+        words += ["--tracking-uri", redacted(tracking_uri)]
+    words += ["--experiment", experiment]
+    if comparison is not None:
+        words += ["--comparison", comparison]
+    return shlex.join(words)
+
+
+def _program() -> list[str]:
+    """How to call this program from here; after ``make``, the environment is not activated."""
+    beside = Path(sys.executable).parent / "dtr-lab"
+    found = shutil.which("dtr-lab")
+    if found and Path(found).samefile(beside):
+        return ["dtr-lab"]
+    if beside.is_file():
+        return [os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)]
+    return [sys.executable, "-m", "experiments"]
+
+
+def _experiment_page(base_url: str, experiment_id: str) -> str:
+    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"
+
+
+def _find_experiment(client: MlflowClient, store: str, name: str | None) -> tuple[str, str]:
+    """Id and name of the experiment asked for, or of the one with the newest run."""
+    experiments = {found.experiment_id: found.name for found in client.search_experiments()}
+    if name is not None:
+        for experiment_id, known in experiments.items():
+            if known == name:
+                return experiment_id, name
+        raise UserInputError(f"no experiment {name!r} in {store}; there are: {', '.join(experiments.values())}")
+    newest = client.search_runs(list(experiments), order_by=["attributes.start_time DESC"], max_results=1)
+    if not newest:
+        raise UserInputError(f"{store} holds no runs yet: make some with `dtr-lab demo` or `dtr-lab train`")
+    experiment_id = newest[0].info.experiment_id
+    return experiment_id, experiments[experiment_id]
+
+
+def _pages(client: MlflowClient, experiment_id: str, experiment: str, comparison: str | None) -> dict[str, str]:
+    """Links without their base, by what they show."""
+    if comparison is None:
+        return {"runs": experiment_url("", experiment_id)}
+    runs = client.search_runs([experiment_id], order_by=["attributes.start_time DESC"], max_results=5000)
+    known = list(dict.fromkeys(tag for run in runs if (tag := run.data.tags.get(TAG_COMPARISON))))
+    if comparison == LATEST and known:
+        comparison = known[0]
+    if comparison not in known:
+        raise UserInputError(
+            f"no comparison {comparison!r} in experiment {experiment!r}; there are: {', '.join(known) or 'none'}"
+        )
+    pages = {"runs": comparison_url("", experiment_id, comparison)}
+    for run in runs:
+        tags = run.data.tags
+        if tags.get(TAG_COMPARISON) == comparison and tags.get(TAG_KIND) == "comparison":
+            if any(file.path == REPORT for file in client.list_artifacts(run.info.run_id)):
+                pages["report"] = artifact_url("", experiment_id, run.info.run_id, REPORT)
+            break
+    return pages
+
+
+def _print_links(base_url: str, pages: dict[str, str]) -> None:
+    for what, page in pages.items():
+        print(f"  {what:8}{base_url.rstrip('/')}{page}", flush=True)
+
+
+def _serve(uri: str, port: int, pages: dict[str, str]) -> int:
+    """Runs MLflow's server until it ends or a signal comes; 0 if it was asked to stop."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    base_url = f"http://{HOST}:{port}"
+    print("starting MLflow …", flush=True)
+    with tempfile.TemporaryFile() as log:
+        process = _start_server(uri, port, log)
+        try:
+            if _wait_until_ready(process, base_url):
+                print("MLflow is ready, Ctrl-C ends it:", flush=True)
+                _print_links(base_url, pages)
+                process.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            _stop(process)
+        log.seek(0)
+        tail = b"\n".join(log.read().splitlines()[-_LOG_LINES:]).decode(errors="replace")
+        print(f"MLflow's server ended with code {process.returncode}:\n{tail}", file=sys.stderr)
+        return 1
+
+
+def _start_server(uri: str, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """One worker and no job execution: 2 processes and 0.4 GB instead of 15 and 1.7 GB."""
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not on the command line, where other users would see its password
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level=warning"]
+    # A session of its own, so that Ctrl-C reaches only us and we end the server together with its worker.
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str) -> bool:
+    """True once the server answers; False if it ended instead."""
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{base_url}/health", timeout=5):
+                return True
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserInputError(f"MLflow's server does not answer at {base_url}: {error}") from error
+            time.sleep(0.1)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and its worker, politely first."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signal_number)
+            deadline = time.monotonic() + _STOP_SECONDS
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)  # raises once the last of them is gone
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not between 1 and 65535")
+    return port
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, min(first + _PORTS_TRIED, 65536)):
+        with socket.socket() as candidate:
+            # Ports of connections that just ended count as free, as they do for the server.
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                candidate.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise UserInputError(f"no free port from {first} on: choose another with --port")

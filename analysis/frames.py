@@ -1,0 +1,111 @@
+"""Runs -> tidy frames: one row per value of a curve, one row per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from analysis.activations import effective_channels
+from analysis.conflict import conflict_rate, sum_layers, task_gramian
+from lightning_modules.tracking.records import RunManifest
+
+VAL_LOSS = "loss/val"
+LOW_NOISE = "loss/val_low_noise"
+HIGH_NOISE = "loss/val_high_noise"
+TRAIN_LOSS = "loss/train_mse"
+CONFLICT_RATE = "conflict/rate"
+EFFECTIVE_CHANNELS = "activation/effective_channels"
+CURVE_COLUMNS = ["run", "method", "seed", "step", "metric", "value"]
+
+
+def mean_loss(moments: xr.DataArray, quantity: str = "mse") -> xr.DataArray:
+    """Mean of the losses behind moments (moment, quantity, ...); NaN where nothing was measured."""
+    chosen = moments.sel(quantity=quantity, drop=True)
+    count = chosen.sel(moment="count", drop=True)
+    return chosen.sel(moment="sum", drop=True) / count.where(count > 0)
+
+
+def curves_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
+    """All curves of all runs.
+
+    Metrics, each where the run has data for it:
+
+    - ``loss/val``: mean unweighted loss over the whole fixed validation set; ``loss/val_<interval>`` per task;
+      ``loss/val_low_noise`` and ``loss/val_high_noise``: over the first and the last quarter of T.
+    - ``loss/train_mse``: mean unweighted training loss over the window that ends at the step. (The MLflow metric
+      ``loss/train`` is the weighted loss that is optimised.)
+    - ``conflict/rate``: share of task pairs with negative gradient cosine, over all parameters.
+    - ``activation/effective_channels``: of what blocks read, averaged over blocks and tasks.
+
+    Returns:
+        Columns run (id), method, seed, step, metric, value.
+    """
+    pieces = []
+    for run in runs:
+        for metric, curve in run_curves(run).items():
+            dim = str(curve.dims[0])
+            piece = pd.DataFrame({"step": curve[dim].values, "metric": metric, "value": curve.values})
+            pieces.append(piece.assign(**{key: run.attrs[name] for key, name in _KEYS.items()}))
+    return pd.concat(pieces, ignore_index=True)[CURVE_COLUMNS] if pieces else pd.DataFrame(columns=CURVE_COLUMNS)
+
+
+_KEYS = {"run": "run_id", "method": "method", "seed": "seed"}
+
+
+def run_curves(run: xr.Dataset) -> dict[str, xr.DataArray]:
+    """The curves of one run by metric, each over its own step dimension; see `curves_frame`."""
+    curves: dict[str, xr.DataArray] = {}
+    # Sums do not skip NaN: the loss of a run that diverged at some timesteps is not the loss of the others.
+    if "val_loss" in run:
+        curves[VAL_LOSS] = mean_loss(run["val_loss"].sum("task", skipna=False))
+        by_quarter = mean_loss(run["val_quarter_loss"])
+        curves[LOW_NOISE] = by_quarter.isel(quarter=0)
+        curves[HIGH_NOISE] = by_quarter.isel(quarter=-1)
+        by_task = mean_loss(run["val_loss"])
+        for task, label in enumerate(run["interval"].values):
+            curves[f"{VAL_LOSS}_{label}"] = by_task.isel(task=task)
+    if "train_loss" in run:
+        curves[TRAIN_LOSS] = mean_loss(run["train_loss"].sum("task", skipna=False))
+    if "gramian" in run:
+        curves[CONFLICT_RATE] = conflict_rate(_total_gramian(run))["by_step"]
+    if "activation_mean_square" in run:
+        effective = effective_channels(run["activation_mean_square"].sel(site="input"))
+        curves[EFFECTIVE_CHANNELS] = effective.mean(("block", "task"))
+    return curves
+
+
+def runs_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
+    """One row per run: what it is, its last validation losses, and its conflict rate over all probes.
+
+    Returns:
+        Columns run, name, method, seed, status, experiment, comparison, dataset, parameters, step (of the last
+        validation), val_loss, low_noise, high_noise, conflict_rate, conflict_rate_error. NaN where not measured.
+    """
+    return pd.DataFrame([_run_row(run) for run in runs])
+
+
+def _run_row(run: xr.Dataset) -> dict[str, object]:
+    curves = run_curves(run)
+    last = {metric: float(curve[-1]) for metric, curve in curves.items() if curve.size}
+    conflict = conflict_rate(_total_gramian(run)) if "gramian" in run else None
+    attrs = {
+        name: run.attrs[name] for name in ("name", "method", "seed", "status", "experiment", "comparison", "dataset")
+    }
+    return {
+        "run": run.attrs["run_id"],
+        **attrs,
+        "parameters": RunManifest.from_json(run.attrs["manifest"]).parameters,
+        "step": int(run["val_step"][-1]) if "val_step" in run.coords else 0,
+        "val_loss": last.get(VAL_LOSS, np.nan),
+        "low_noise": last.get(LOW_NOISE, np.nan),
+        "high_noise": last.get(HIGH_NOISE, np.nan),
+        "conflict_rate": np.nan if conflict is None else float(conflict["rate"]),
+        "conflict_rate_error": np.nan if conflict is None else float(conflict["standard_error"]),
+    }
+
+
+def _total_gramian(run: xr.Dataset) -> xr.DataArray:
+    return task_gramian(sum_layers(run["gramian"], "total"), run["group_count"])

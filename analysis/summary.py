@@ -1,0 +1,204 @@
+"""The comparison in one table and a few sentences: who ends lower, who gets there sooner, what the seeds can carry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from analysis.conflict import NOISE_NULL
+from analysis.convergence import paired_difference, speed_up, steps_to_baseline
+from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS, curves_frame, runs_frame
+from analysis.methods import method_name, ordered, reference_method
+from analysis.uncertainty import FEW_SEEDS, seed_warning
+from lightning_modules.tracking.records import RunManifest
+
+NOT_REACHED = "not reached"
+_FREE_FIELDS = {"method", "seed", "routing", "interval_bounds", "interval_spacing"}
+"""Manifest entries in which runs of one comparison may differ: what is compared, and how it is measured."""
+
+
+def summary_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
+    """One row per method, the reference (the baseline if there is one) first.
+
+    Returns:
+        Index method; columns
+
+        - seeds, step (of the last validation; the smallest over runs),
+        - val_loss, low_noise, high_noise (mean over runs of the last validation loss overall and in the first and last
+          quarter of T; NaN if any run diverged) and each with ``_sd`` (sample standard deviation over runs),
+        - conflict_rate (mean over runs), conflict_rate_error (from the spread over probes), conflict_null (0.5),
+        - arrived, paired (runs that reached the final loss of the reference with the same seed, and runs that have such
+          a partner), steps_to_baseline (text: every seed's steps, "not reached" where censored),
+        - difference, difference_low, difference_high (final loss minus the reference's, paired by seed, with its
+          95 % t-interval; NaN for the reference itself).
+    """
+    table = runs_frame(runs)
+    curves = curves_frame(runs)
+    reference = reference_method(table["method"])
+    reached = steps_to_baseline(curves, VAL_LOSS, reference)
+    rows = {}
+    for method in ordered(table["method"]):
+        own = table[table["method"] == method]
+        row: dict[str, object] = {"seeds": own["seed"].nunique(), "step": int(own["step"].min())}
+        for name in ("val_loss", "low_noise", "high_noise"):
+            row[name] = own[name].mean(skipna=False)
+            row[f"{name}_sd"] = own[name].std(ddof=1, skipna=False)
+        row["conflict_rate"] = own["conflict_rate"].mean()
+        measured = own["conflict_rate_error"].dropna()
+        row["conflict_rate_error"] = np.sqrt((measured**2).sum()) / len(measured) if len(measured) else np.nan
+        row["conflict_null"] = NOISE_NULL
+        mine = reached[reached["method"] == method].sort_values("seed")
+        row |= {"arrived": int(mine["arrived"].sum()), "paired": len(mine), "steps_to_baseline": _arrival_text(mine)}
+        interval = paired_difference(curves, VAL_LOSS, method, reference)[1]
+        is_reference = method == reference
+        row["difference"] = np.nan if is_reference else interval.estimate
+        row["difference_low"] = np.nan if is_reference else interval.low
+        row["difference_high"] = np.nan if is_reference else interval.high
+        rows[method] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def _arrival_text(reached: pd.DataFrame) -> str:
+    """Every seed's steps while they are few, else median and share; never hides a run that did not arrive."""
+    if reached.empty:
+        return "no paired seed"
+    if not reached["arrived"].any():
+        return NOT_REACHED
+    if len(reached) < FEW_SEEDS:
+        steps = [f"{row.step:,.0f}" if row.arrived else NOT_REACHED for row in reached.itertuples()]
+        return ", ".join(steps)
+    # Censored runs count as later than all others, which the median can bear while fewer than half are censored.
+    median = float(np.median(reached["step"].where(reached["arrived"], np.inf)))
+    share = f"{int(reached['arrived'].sum())} of {len(reached)} runs"
+    return f"{median:,.0f} ({share})" if np.isfinite(median) else f"{NOT_REACHED} ({share})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the comparison found, in words.
+
+    Attributes:
+        findings: Sentences, one per method and question.
+        warnings: What a reader must know before believing them.
+    """
+
+    findings: list[str]
+    warnings: list[str]
+
+
+def verdict(runs: Sequence[xr.Dataset]) -> Verdict:
+    """States for every method whether it ended lower, equal or higher than the reference, and whether it was faster."""
+    summary = summary_frame(runs)
+    curves = curves_frame(runs)
+    reference = str(summary.index[0])
+    findings = []
+    reached = steps_to_baseline(curves, VAL_LOSS, reference)
+    for method in summary.index[1:]:
+        findings.append(_loss_sentence(curves, method, reference))
+        findings.append(_parts_sentence(curves, method, reference))
+        findings.append(_speed_sentence(reached, method, reference))
+    findings = [sentence for sentence in findings if sentence] + _conflict_sentences(summary)
+    if len(summary) == 1:
+        findings.insert(0, f"Only {method_name(reference)} was run: there is nothing to compare it with.")
+    seeds = int(summary["seeds"].min())
+    warnings = [seed_warning(seeds), *comparability(runs)] if len(summary) > 1 else comparability(runs)
+    return Verdict(findings, [text for text in warnings if text])
+
+
+def _loss_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
+    difference, interval = paired_difference(curves, VAL_LOSS, method, reference)
+    name, base = method_name(method), method_name(reference)
+    if not interval.count:
+        return f"{name} and {base} have no finished run with the same seed, so they are not compared."
+    if difference.isna().any():
+        return (
+            f"{name} or {base} diverged in {difference.isna().sum()} of {interval.count} seeds: see the table of runs."
+        )
+    level = curves[(curves["metric"] == VAL_LOSS) & (curves["method"] == reference)].sort_values("step")
+    relative = interval.estimate / level.groupby("run")["value"].last().mean()
+    amount = f"{abs(interval.estimate):.4g} ({abs(relative):.1%})"
+    direction = "lower" if interval.estimate < 0 else "higher"
+    listed = ", ".join(f"{value:+.4g}" for value in difference)
+    if interval.count == 1:
+        return f"{name} ends {amount} {direction} than {base} in the one seed they share; one pair is no evidence."
+    span = f"95 % paired interval [{interval.low:+.4g}, {interval.high:+.4g}], {interval.count} seeds: {listed}"
+    if interval.excludes_zero:
+        return f"{name} ends {direction} than {base}, by {amount} in final validation loss ({span})."
+    return (
+        f"{name} and {base} end level as far as these seeds can tell: the mean difference in final validation loss is "
+        f"{amount} {direction}, but its interval includes zero ({span})."
+    )
+
+
+def _parts_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
+    parts = []
+    for metric, words in ((LOW_NOISE, "low noise"), (HIGH_NOISE, "high noise")):
+        interval = paired_difference(curves, metric, method, reference)[1]
+        if interval.count < 2 or not np.isfinite(interval.estimate):
+            return ""
+        resolved = "" if interval.excludes_zero else ", not resolved"
+        parts.append(f"{interval.estimate:+.4g} at {words} [{interval.low:+.4g}, {interval.high:+.4g}]{resolved}")
+    return f"{method_name(method)} minus {method_name(reference)} by noise level: {'; '.join(parts)}."
+
+
+def _speed_sentence(reached: pd.DataFrame, method: str, reference: str) -> str:
+    ratio, interval = speed_up(reached, method, reference)
+    if ratio.empty:
+        return ""
+    name, base = method_name(method), method_name(reference)
+    own = reached[(reached["method"] == method) & reached["seed"].isin(ratio.index)]
+    arrived, pairs = int(own["arrived"].sum()), len(own)
+    if arrived < pairs:
+        return f"{name} reached the final loss of {base} in {arrived} of {pairs} seeds within its training."
+    listed = ", ".join(f"{value:.2f}" for value in ratio)
+    if interval.count == 1:
+        return f"{name} reached the final loss of {base} in {1 / ratio.iloc[0]:.0%} of the steps, in one seed."
+    span = f"95 % interval [{interval.low:.2f}, {interval.high:.2f}]; seeds: {listed}"
+    certain = interval.low > 1 or interval.high < 1
+    note = "" if certain else ", which the seeds cannot tell from 1"
+    return f"{name} reached the final loss of {base} {interval.estimate:.2f}x as fast ({span}){note}."
+
+
+def _conflict_sentences(summary: pd.DataFrame) -> list[str]:
+    sentences = []
+    for method, row in summary.iterrows():
+        rate, error = row["conflict_rate"], row["conflict_rate_error"]
+        if not np.isfinite(rate):
+            continue
+        text = f"Conflict rate of {method_name(str(method))}: {rate:.3f}"
+        if not np.isfinite(error):
+            sentences.append(f"{text}, from too few probes for a standard error.")
+        elif abs(rate - NOISE_NULL) <= 2 * error:
+            sentences.append(f"{text} ± {error:.3f}, not distinguishable from the 0.5 that pure noise gives.")
+        else:
+            side = "below" if rate < NOISE_NULL else "above"
+            sentences.append(f"{text} ± {error:.3f}, {side} the 0.5 that pure noise gives.")
+    return sentences
+
+
+def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
+    """What differs between runs beyond method and seed, and so may explain a difference that is put down to them."""
+    found = []
+    unfinished = [f"{run.attrs['name']} ({run.attrs['status']})" for run in runs if run.attrs["status"] != "FINISHED"]
+    if unfinished:
+        found.append(f"Not finished: {', '.join(unfinished)}. Their last values are not final.")
+    manifests = [dataclasses.asdict(RunManifest.from_json(run.attrs["manifest"])) for run in runs]
+    differing = [name for name in manifests[0] if name not in _FREE_FIELDS and len(_values(manifests, name)) > 1]
+    if differing:
+        found.append(f"The runs differ in {', '.join(differing)}: a difference between methods may come from that.")
+    for method in ordered(manifest["method"] for manifest in manifests):
+        routings = [{**(m["routing"] or {}), "seed": 0} for m in manifests if m["method"] == method]
+        if len({repr(sorted(routing.items())) for routing in routings}) > 1:
+            found.append(f"Runs of {method_name(method)} differ in their routing parameters, not only in their seed.")
+    steps = {run.attrs["name"]: int(run["val_step"][-1]) for run in runs if "val_step" in run.coords}
+    if len(set(steps.values())) > 1:
+        found.append(f"Runs end at different steps ({min(steps.values()):,} to {max(steps.values()):,}).")
+    return found
+
+
+def _values(manifests: list[dict], name: str) -> set[str]:
+    return {repr(manifest[name]) for manifest in manifests}

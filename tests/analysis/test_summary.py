@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+
+from analysis.summary import comparability, summary_frame, verdict
+from tests.analysis import synthetic
+
+
+def changed(run, **fields):
+    """The run with other manifest entries."""
+    manifest = json.loads(run.attrs["manifest"]) | fields
+    return run.assign_attrs(manifest=json.dumps(manifest))
+
+
+def scaled(run, factor):
+    """The run with its validation losses multiplied."""
+    moment = run.val_loss.moment == "sum"
+    names = ("val_loss", "val_quarter_loss", "val_timestep_loss")
+    return run.assign({name: run[name].where(~moment, run[name] * factor) for name in names})
+
+
+def test_summary_holds_the_known_truth(runs):
+    summary = summary_frame(runs)
+    assert list(summary.index) == ["baseline", "random", "dtr"]
+    truth = [synthetic.val_loss("dtr", seed, 1000).mean() for seed in range(3)]
+    assert summary.loc["dtr", "val_loss"] == pytest.approx(np.mean(truth))
+    assert summary.loc["dtr", "val_loss_sd"] == pytest.approx(np.std(truth, ddof=1))
+    assert summary.loc["dtr", "seeds"] == 3
+    assert summary.loc["random", "steps_to_baseline"] == "not reached"
+    assert summary.loc["random", ["arrived", "paired"]].tolist() == [0, 3]
+    assert summary.loc["dtr", "arrived"] == 3
+    steps = [float(text.replace(",", "")) for text in summary.loc["dtr", "steps_to_baseline"].split(", ")]
+    # Curves are exponentials measured every 100 steps; interpolation lies above them, so arrival is a little late.
+    np.testing.assert_allclose(steps, 1000 / synthetic.DTR_SPEED, rtol=0.06)
+    assert summary.loc["dtr", "difference_high"] < 0 < summary.loc["random", "difference_low"]
+    assert np.isnan(summary.loc["baseline", "difference"])
+
+
+def test_verdict_says_who_wins_and_who_does_not(runs):
+    said = verdict(runs)
+    text = " ".join(said.findings)
+    assert "DTR ends lower than Baseline" in text
+    assert "Random routing ends higher than Baseline" in text
+    assert "Random routing reached the final loss of Baseline in 0 of 3 seeds" in text
+    assert "DTR reached the final loss of Baseline 1.4" in text
+    assert said.warnings == []
+
+
+def test_verdict_of_a_draw_with_few_seeds(runs):
+    baseline = [run for run in runs if run.attrs["method"] == "baseline"][:2]
+    draw = [
+        scaled(run, factor).assign_attrs(method="dtr", run_id=f"d{factor}")
+        for run, factor in zip(baseline, (0.97, 1.02), strict=True)
+    ]
+    draw = [changed(run, method="dtr") for run in draw]
+    said = verdict([*baseline, *draw])
+    assert "DTR and Baseline end level as far as these seeds can tell" in said.findings[0]
+    assert any("2 seeds" in warning for warning in said.warnings)
+    one = verdict([baseline[0], draw[0]])
+    assert "one pair is no evidence" in one.findings[0]
+    assert any("One seed" in warning for warning in one.warnings)
+    assert "nothing to compare" in verdict(baseline).findings[0]
+
+
+def test_mixed_arrivals_name_every_seed(runs):
+    chosen = [run for run in runs if run.attrs["method"] != "random"]
+    chosen = [scaled(run, 3.0) if run.attrs["name"] == "dtr-1" else run for run in chosen]
+    text = summary_frame(chosen).loc["dtr", "steps_to_baseline"]
+    assert text.split(", ")[1] == "not reached"
+    assert "in 2 of 3 seeds" in " ".join(verdict(chosen).findings)
+
+
+def test_a_diverged_run_poisons_the_mean_rather_than_vanish(runs):
+    broken = [scaled(run, np.nan) if run.attrs["name"] == "dtr-1" else run for run in runs]
+    summary = summary_frame(broken)
+    assert np.isnan(summary.loc["dtr", "val_loss"])
+    assert summary.loc["dtr", ["arrived", "paired"]].tolist() == [2, 3]
+    assert np.isnan(summary.loc["dtr", "difference"])
+    assert "diverged in 1 of 3 seeds" in " ".join(verdict(broken).findings)
+
+
+def test_comparability_names_what_differs(runs):
+    assert comparability(runs) == []
+    other = changed(runs[0], batch_size=128, parameters=3)
+    assert "batch_size, parameters" in comparability([*runs, other])[0]
+    routing = {"alpha": 4.0, "beta": 0.5, "variant": "paper", "seed": 9, "per_block": False}
+    dtr = next(run for run in runs if run.attrs["method"] == "dtr")
+    assert "DTR differ in their routing" in comparability([*runs, changed(dtr, routing=routing)])[0]
+    killed = runs[0].assign_attrs(status="KILLED")
+    assert "baseline-0 (KILLED)" in comparability([killed])[0]
+    short = runs[0].isel(val_step=slice(3))
+    assert "different steps (300 to 1,000)" in comparability([short, runs[1]])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_modules.tracking.callback import RunTracking, tracking_state
-from lightning_modules.tracking.logger import TrackingLogger
+from jsonargparse import ArgumentError
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.checkpoint import read_checkpoint
 from lightning_modules.data.digits import DigitsData
@@ -28,7 +29,8 @@ from lightning_modules.probes.timestep_loss import TimestepLossProbe
 from lightning_modules.progress import StepProgress
 from lightning_modules.run_record import RunRecord
 from lightning_modules.sample_grid import SampleGrid
-from lightning_modules.tracking.store import check_store, resolve_tracking_uri
+from lightning_modules.tracking.callback import RunTracking, tracking_state
+from lightning_modules.tracking.logger import TrackingLogger
 
 __all__ = ["BaselineModule", "DTRModule", "DigitsData", "ImageFolderData", "main"]  # short class_path names in YAML
 
@@ -72,8 +74,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer our logger, and the callbacks that need the finished parts."""
         config = self.parser.dump(self.config, skip_link_targets=False)
-        # RunTracking commits what the probes flush when a checkpoint is saved, so it must come after them.
-        extra = [RunRecord(self.datamodule, config), RunTracking()]
+        extra = [RunRecord(self.datamodule), RunTracking(config=config)]
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = trainer_config.get("callbacks") or []
         return super().instantiate_trainer(
@@ -121,38 +122,81 @@ def resume_run(path: str, module: DenoiserModule, logger: TrackingLogger) -> Non
                 f"cannot resume from {path}: its {part} is {stored.get(part)}, the configuration's "
                 f"{module.hparams.get(part)}. Resume with the config.yaml that the run kept among its artifacts"
             )
-    logger.resume(tracking_state(path))
+    logger.resume(tracking_state(path).run_id)
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains; the exit status is 0 when training finished, 130 when it was interrupted."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*`LeafSpec` is deprecated.*")
-    cli = TrainCLI(
-        DenoiserModule,
-        ImageData,
-        args=list(argv),
-        run=False,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"prog": "dtr-lab train", "default_env": False},
-    )
+    _quieten()
+    cli = _configure(argv)
     logger = cli.trainer.logger
     assert isinstance(logger, TrackingLogger)
-    check_store(resolve_tracking_uri(logger.tracking_uri))
     check_fit(cli.model, cli.datamodule, cli.trainer)
     resume = cli.config.get("resume")
     if resume is not None:
         resume_run(resume, cli.model, logger)
     torch.set_float32_matmul_precision("high")
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=None if resume is None else str(Path(resume)))
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume)
     except SystemExit:
         return 130  # Lightning turns Ctrl-C into an exit of its own, after it has closed the run as KILLED
-    sys.stdout.flush()
+    except MisconfigurationException as error:
+        raise UserInputError(str(error)) from error
+    print(
+        f"Run {logger.run_id}, checkpoints in {Path(logger.save_dir) / logger.version / 'checkpoints'}", file=sys.stderr
+    )
     return 0
+
+
+def _configure(argv: Sequence[str]) -> TrainCLI:
+    """Parses the command line and builds model, data and trainer.
+
+    Raises:
+        UserInputError: Whatever is wrong with the configuration, in one message.
+    """
+    try:
+        return TrainCLI(
+            DenoiserModule,
+            ImageData,
+            args=list(argv),
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": "dtr-lab train", "exit_on_error": False},
+        )
+    except UserInputError:
+        raise
+    except (ArgumentError, ValueError, TypeError, AttributeError, ImportError, MisconfigurationException) as error:
+        raise UserInputError(_plain(error)) from error
+
+
+def _plain(error: BaseException) -> str:
+    """What a configuration error says, without the parser's account of all types it tried.
+
+    Our own messages are found among the causes; of the parser's only the lines that name a key or a fault are kept.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserInputError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(noise)]
+    return (
+        "\n  ".join(kept)
+        + "\n`dtr-lab train --help` lists the options, `--print_config` prints the whole configuration"
+    )
+
+
+def _quieten() -> None:
+    """Silences notices that a user can do nothing about; warnings about the training stay."""
+    for pattern in ("args parameter is intended", "does not have many workers", "isinstance\\(treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{pattern}")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from lightning_modules.ema import averaged_copy
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig, loss_weight
 from lightning_modules.routing import MaskConfig, route
+from lightning_modules.seeding import seeded_generator
 from lightning_modules.tracking.records import interval_labels
 
 TRAIN_STREAM, VALIDATION_STREAM = 0, 1
@@ -120,8 +120,7 @@ class DenoiserModule(pl.LightningModule):
         """A generator on the module's device whose state depends on seed, stream, process and batch alone."""
         seed = self.validation.seed if stream == VALIDATION_STREAM else self.seed
         rank = self.global_rank if stream == TRAIN_STREAM else 0
-        state = np.random.SeedSequence([seed, stream, rank, batch_idx]).generate_state(1, np.uint64)[0]
-        return torch.Generator(device=self.device).manual_seed(int(state) >> 1)
+        return seeded_generator(seed, stream, rank, batch_idx, device=self.device)
 
     def draw(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> NoisedBatch:
         """The random part of training batch ``batch_idx``: the same whenever it is asked for."""

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from lightning_modules.data.images import ImageData
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.tracking import records
-from lightning_modules.tracking.logger import writer_of
+from lightning_modules.tracking.callback import writer_of
 
 
 class RunRecord(pl.Callback):
@@ -20,14 +20,12 @@ class RunRecord(pl.Callback):
 
     Args:
         data: The data module that feeds the run.
-        config: The resolved configuration as YAML, kept as ``config.yaml``.
     """
 
-    def __init__(self, data: ImageData, config: str = "") -> None:
+    def __init__(self, data: ImageData) -> None:
         self.data = data
-        self.config = config
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
         """Writes everything; a resumed run writes the same again."""
         writer = writer_of(trainer)
         if writer is None:
@@ -40,8 +38,6 @@ class RunRecord(pl.Callback):
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **masks)  # type: ignore[arg-type]
             writer.log_file(records.MASKS_PATH, buffer.getvalue())
-        if self.config:
-            writer.log_file(records.CONFIG_PATH, self.config)
         writer.log_params(
             _flat({**dict(pl_module.hparams), "data": self.data.name, "batch_size": self.data.batch_size})
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
 from lightning_modules.sampling import sample
-from lightning_modules.tracking.logger import writer_of
+from lightning_modules.tracking.callback import writer_of
 
 
 class SampleGrid(pl.Callback):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_modules.errors import UserInputError
+from lightning_modules.seeding import seeded_generator
 
 
 class ImageTensors(Dataset):
@@ -68,8 +69,7 @@ class StepBatchSampler(Sampler[list[int]]):
     def _sample(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-            self._order = torch.randperm(self.num_samples, generator=generator).tolist()
+            self._order = torch.randperm(self.num_samples, generator=seeded_generator(self.seed, epoch)).tolist()
             self._epoch = epoch
         return self._order[offset]
 

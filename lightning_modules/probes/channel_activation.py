@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
 from lightning_modules.probes.schedule import is_scheduled
-from lightning_modules.tracking.logger import writer_of
+from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.records import CHANNEL_ACTIVATION, TABLES
 
 SITES = ("input", "update")

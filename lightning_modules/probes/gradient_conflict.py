@@ -14,7 +14,7 @@ from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.gramian import Gramian, gramian_by_subbatches, split_tasks
 from lightning_modules.probes.schedule import is_scheduled
 from lightning_modules.tracking.heatmap import heatmap_image
-from lightning_modules.tracking.logger import writer_of
+from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.records import GRADIENT_GRAMIAN, interval_labels
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_modules.denoiser import DenoiserModule, add_moments
 from lightning_modules.errors import UserInputError
-from lightning_modules.tracking.logger import writer_of
+from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.records import TIMESTEP_LOSS
 
 QUANTITIES = ("mse", "vb")

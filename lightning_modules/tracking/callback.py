@@ -113,7 +113,7 @@ class RunTracking(Callback):
         logger = tracking_logger(trainer)
         if logger is None:
             return
-        provisional = os.path.join(logger.save_dir, logger.version, "checkpoints")
+        provisional = os.path.join(logger.save_dir, logger.provisional_version, "checkpoints")
         writer = writer_of(trainer)
         if writer is not None:
             parameters = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)

@@ -82,7 +82,7 @@ class TrackingLogger(Logger):
         self._resumed_from = 0
         self._params: dict[str, Any] = {}
         self._writer: RunWriter | None = None
-        self._provisional = f"starting-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.provisional_version = f"starting-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
     @property
     def writer(self) -> RunWriter:
@@ -110,6 +110,10 @@ class TrackingLogger(Logger):
     def run_id(self) -> str | None:
         """The MLflow run, once it exists."""
         return self._run_id
+
+    def resume(self, run_id: str) -> None:
+        """Goes on with this run instead of creating one; as the argument ``run_id``, before the run has begun."""
+        self._resumes, self._run_id = True, run_id
 
     def start_from_checkpoint(self, step: int, run_id: str | None) -> None:
         """Notes, before the run begins, that training continues from a checkpoint.
@@ -140,7 +144,7 @@ class TrackingLogger(Logger):
     @property
     def version(self) -> str:
         """The run's id; before the run exists a provisional name, see `RunTracking`."""
-        return self._run_id or self._provisional
+        return self._run_id or self.provisional_version
 
     @property
     def save_dir(self) -> str:

@@ -14,6 +14,7 @@ Conventions used by every table:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -162,4 +163,4 @@ def interval_label(low: int, high: int, num_timesteps: int) -> str:
 
 def interval_labels(bounds: Sequence[int]) -> list[str]:
     """The labels of all intervals given their K + 1 bounds."""
-    return [interval_label(low, high, bounds[-1]) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [interval_label(low, high, bounds[-1]) for low, high in itertools.pairwise(bounds)]

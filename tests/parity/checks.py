@@ -120,6 +120,9 @@ def _check_case(case: Case) -> Iterator[Finding]:
 
 def _check_tables(name: str, arrays: Arrays) -> Iterator[Finding]:
     """Windows and schedules: the key of each array says what it is."""
+    if any(key in INPUTS or key.startswith(WEIGHT_PREFIX) for key in arrays):
+        yield Finding(name, "case", float("nan"), "is not described in cases.json, so it cannot be recomputed")
+        return
     for key, reference in arrays.items():
         try:
             if window := WINDOW_KEY.fullmatch(key):
@@ -133,7 +136,12 @@ def _check_tables(name: str, arrays: Arrays) -> Iterator[Finding]:
             elif match := SCHEDULE_KEY.fullmatch(key):
                 ours = getattr(NoiseSchedule.named(schedule_name(match["schedule"]), len(reference)), match["quantity"])
             else:
-                yield Finding(name, key, float("nan"), "is neither described in cases.json nor a window or schedule")
+                yield Finding(
+                    name,
+                    key,
+                    float("nan"),
+                    "is neither a window (T.._C.._beta.._alpha..) nor a known schedule quantity",
+                )
                 continue
         except (ValueError, TypeError) as error:
             yield Finding(name, key, float("nan"), f"cannot be recomputed: {error}")

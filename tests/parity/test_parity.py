@@ -136,7 +136,14 @@ def test_unreadable_file_is_an_error(copy: Path, name: str, capsys: pytest.Captu
 def test_undescribed_case_is_an_error(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep_only(copy, "dit_dtr_cosine.npz")
     assert main([str(copy)]) == 1
-    assert "neither described in cases.json" in capsys.readouterr().err
+    assert "not described in cases.json" in capsys.readouterr().err
+
+
+def test_unknown_quantities_are_not_passed_over(copy: Path) -> None:
+    rewrite(copy / "dit_dtr_cosine.npz", lambda arrays: arrays.update({"loss.huber": np.ones(16)}))
+    rewrite(copy / "schedules_official.npz", lambda arrays: arrays.update({"linear.gammas": np.ones(1000)}))
+    failed = {(finding.case, finding.quantity) for finding in check_directory(copy) if finding.problem}
+    assert failed == {("dit_dtr_cosine", "loss.huber"), ("schedules_official", "linear.gammas")}
 
 
 @pytest.mark.parametrize("content", [None, "{}"])

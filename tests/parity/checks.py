@@ -140,7 +140,7 @@ def _check_tables(name: str, arrays: Arrays) -> Iterator[Finding]:
                     name,
                     key,
                     float("nan"),
-                    "is neither a window (T.._C.._beta.._alpha..) nor a known schedule quantity",
+                    "is neither a window (T.._C.._beta.._alpha..) nor a schedule",
                 )
                 continue
         except (ValueError, TypeError) as error:

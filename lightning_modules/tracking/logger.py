@@ -157,7 +157,7 @@ class TrackingLogger(Logger):
         params = vars(params) if isinstance(params, Namespace) else dict(params)
         self._params.update(params)
         if self._writer is not None:
-            self._writer.log_params(params)
+            self.writer.log_params(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -135,6 +135,18 @@ def test_respaced_ddim_is_its_formula(target: str, clip_sample: bool) -> None:
     torch.testing.assert_close(samples, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
 
 
+def test_ddim_with_full_noise_is_ancestral_sampling() -> None:
+    """At eta = 1, DDIM is DDPM with the posterior's variance (Song et al., 2021, section 4.1)."""
+    diffusion = GaussianDiffusion(DiffusionConfig("linear", 50, variance="fixed_small"))
+    model, y = arbitrary_model(diffusion), torch.tensor([0, 1, 2])
+    ancestral, full, half = (
+        sample(model, diffusion, (3, 2, 4, 4), y=y, steps=12, method=method, eta=eta, generator=seeded())
+        for method, eta in (("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.5))
+    )
+    torch.testing.assert_close(full, ancestral, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(half, full, rtol=1e-1, atol=1e-1)
+
+
 def test_respaced_timesteps() -> None:
     assert respaced_timesteps(1000, 1000) == list(range(1000))
     assert respaced_timesteps(1000, 1) == [999]

@@ -94,12 +94,12 @@ def slow_forward(model: DiT, x: Tensor, t: int, y: int) -> Tensor:
 @pytest.mark.parametrize("overrides", [{}, {"patch_size": 4, "in_channels": 1, "learn_sigma": False, "mlp_ratio": 2.0}])
 def test_forward_is_the_slow_one(overrides: dict) -> None:
     model = shaken(small_config(**overrides))
-    x, t, y = inputs(model.config)
+    x, _, y = inputs(model.config)
+    t = torch.tensor([0, 1, 2])  # small, so that the float32 phase of the timestep embedding is exact to 1e-7
     output = model(x, t, y)
     for b in range(len(x)):
         expected = slow_forward(model, x[b], int(t[b]), int(y[b]))
-        # The timestep embedding is float32 by design: its phase of up to 999 is exact to 6e-5.
-        torch.testing.assert_close(output[b], expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+        torch.testing.assert_close(output[b], expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
 def test_state_dict_has_the_published_keys() -> None:

@@ -1,0 +1,121 @@
+"""MLflow's own user interface on a comparison, in a real browser: what `dtr-lab ui` links to must show what it says."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.browser.conftest import CHROMEDRIVER, CHROMIUM
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),
+    pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium and chromedriver here: see .ci/run"),
+]
+
+PATIENCE_SECONDS = 40
+CARD = '[data-testid="experiment-view-compare-runs-card"]'
+SECTION = '[data-testid="experiment-view-compare-runs-section-header"]'
+CHART_SEARCH = '[data-component-id*="runschartsfilterinput"]'
+FULL_SCREEN = '[data-component-id="fullscreen_button_chartcard"]'
+# Pixels, not addresses: an image that failed to load or shows the wrong step must not pass.
+PIXELS = """
+return Array.from(document.querySelectorAll('[role="dialog"] img')).map(image => {
+  if (!image.complete || !image.naturalWidth) return null;
+  const canvas = Object.assign(document.createElement('canvas'), {width: 32, height: 32});
+  canvas.getContext('2d').drawImage(image, 0, 0, 32, 32);
+  return canvas.toDataURL();
+});"""
+
+
+def wait_for(browser, condition: Callable, what: str):
+    """Waits until the condition gives something true, and returns that; React replaces elements at any moment."""
+    passing = (NoSuchElementException, StaleElementReferenceException)
+    waiting = WebDriverWait(browser, PATIENCE_SECONDS, poll_frequency=0.1, ignored_exceptions=passing)
+    return waiting.until(lambda _: condition(), message=f"waited for {what}")
+
+
+def find_all(browser, selector: str) -> list:
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def listed_runs(browser) -> set[str]:
+    return {link.text for link in find_all(browser, 'a[href*="/runs/"]')} - {""}
+
+
+def open_card(browser, links, title: str):
+    """The card of one chart, found by MLflow's search box as a user would."""
+    browser.get(links["runs"])
+    box = wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, CHART_SEARCH), "the search box")
+    box.send_keys(title)
+
+    def card():
+        return next((card for card in find_all(browser, CARD) if card.text.split("\n")[0] == title), None)
+
+    return wait_for(browser, card, f"a chart named {title}")
+
+
+def test_the_runs_of_the_comparison_are_listed_and_no_others(browser, links, demo_store):
+    browser.get(links["runs"])
+    expected = {*demo_store.training_runs, demo_store.comparison}
+    wait_for(browser, lambda: listed_runs(browser) == expected, f"exactly the runs {sorted(expected)}")
+
+
+def test_loss_curves_of_all_runs_are_drawn(browser, links, demo_store):
+    card = open_card(browser, links, "loss/val")
+    assert any(re.match(r"loss\s*\(", section.text) for section in find_all(browser, SECTION))
+    browser.execute_script("arguments[0].scrollIntoView()", card)
+
+    def curves():
+        paths = card.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace path.js-line")
+        found = {path.get_attribute("d") or "" for path in paths}  # each is there twice: smoothed, and faintly as it is
+        return found if len(found) == len(demo_store.training_runs) else None
+
+    drawn = wait_for(browser, curves, "a curve per run")
+    assert all(len(re.findall("[MLHVCQ]", curve)) > 1 for curve in drawn), "a curve of one point"
+
+
+def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
+    open_card(browser, links, "conflict_cosine")
+    wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, FULL_SCREEN), "the full screen button").click()
+
+    def slider():
+        return browser.find_element(By.CSS_SELECTOR, '[role="dialog"] [role="slider"]')
+
+    def step() -> float:
+        return float(slider().get_attribute("aria-valuenow"))
+
+    def pictures():
+        found = browser.execute_script(PIXELS)
+        return found if len(found) == len(demo_store.training_runs) and all(found) else None
+
+    # The slider starts at step 0 even if the first image came later.
+    if demo_store.heatmap_steps[0] > 0:
+        wait_for(browser, lambda: slider().is_displayed(), "the slider")
+        slider().send_keys(Keys.ARROW_RIGHT)
+    shown = {}
+    for expected in demo_store.heatmap_steps:
+        wait_for(browser, lambda expected=expected: step() == expected, f"the slider at step {expected}")
+        seen = [picture for others in shown.values() for picture in others]
+
+        def fresh(seen=seen):
+            found = pictures()
+            return found if found and not set(found) & set(seen) else None
+
+        shown[expected] = wait_for(browser, fresh, f"a new picture per run at step {expected}")
+        if expected != demo_store.heatmap_steps[-1]:
+            slider().send_keys(Keys.ARROW_RIGHT)
+
+
+def test_the_report_opens_in_the_artifact_viewer(browser, links, demo_store):
+    browser.get(links["report"])
+    frame = wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, "iframe"), "the report's frame")
+    browser.switch_to.frame(frame)
+    wait_for(browser, lambda: demo_store.comparison in browser.find_element(By.TAG_NAME, "body").text, "its text")
+    widths = browser.execute_script("return Array.from(document.images).map(image => image.naturalWidth)")
+    assert widths, "the report has no pictures"
+    assert all(widths), "a picture of the report did not load"

@@ -128,7 +128,7 @@ def resume_run(path: str, module: DenoiserModule, logger: TrackingLogger) -> Non
 def main(argv: Sequence[str]) -> int:
     """Trains; the exit status is 0 when training finished, 130 when it was interrupted."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    _quieten()
+    quieten()
     cli = _configure(argv)
     logger = cli.trainer.logger
     assert isinstance(logger, TrackingLogger)
@@ -194,9 +194,10 @@ def _plain(error: BaseException) -> str:
     )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silences notices that a user can do nothing about; warnings about the training stay."""
     for pattern in ("args parameter is intended", "does not have many workers", "isinstance\\(treespec, LeafSpec"):
         warnings.filterwarnings("ignore", f".*{pattern}")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for name in ("lightning_fabric.utilities.seed", "mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)

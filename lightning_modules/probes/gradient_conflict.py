@@ -13,8 +13,8 @@ from lightning_modules.denoiser import DenoiserModule, NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.gramian import Gramian, gramian_by_subbatches, split_tasks
 from lightning_modules.probes.schedule import is_scheduled
-from lightning_modules.tracking.heatmap import heatmap_image
 from lightning_modules.tracking.callback import writer_of
+from lightning_modules.tracking.heatmap import heatmap_image
 from lightning_modules.tracking.records import GRADIENT_GRAMIAN, interval_labels
 
 
@@ -28,16 +28,19 @@ class GradientConflictProbe(pl.Callback):
         every_n_steps: Steps between two measurements; the first is after this many steps, since a zero-initialised
             network has no gradient to speak of. 0 turns the probe off.
         halves: Disjoint groups per task. Two or more make products free of sampling noise, at the same cost.
+        max_heatmaps: At most this many heatmaps a run, evenly spaced: a slider with more is no easier to read, and
+            an image costs the store more than all other rows of a measurement.
     """
 
-    def __init__(self, every_n_steps: int = 200, halves: int = 2) -> None:
-        if every_n_steps < 0 or halves < 1:
+    def __init__(self, every_n_steps: int = 200, halves: int = 2, max_heatmaps: int = 100) -> None:
+        if every_n_steps < 0 or halves < 1 or max_heatmaps < 1:
             raise UserInputError(
-                "gradient_conflict every_n_steps must not be negative (0: off) and halves at least 1, "
-                f"got {every_n_steps} and {halves}"
+                "gradient_conflict every_n_steps must not be negative (0: off), halves and max_heatmaps at least 1, "
+                f"got {every_n_steps}, {halves} and {max_heatmaps}"
             )
         self.every_n_steps = every_n_steps
         self.halves = halves
+        self.max_heatmaps = max_heatmaps
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DenoiserModule, batch: tuple[Tensor, Tensor], batch_idx: int
@@ -94,8 +97,13 @@ class GradientConflictProbe(pl.Callback):
         if len(pairs):
             metrics = {"conflict/rate": float((pairs < 0).mean()), "conflict/mean_cosine": float(pairs.mean())}
             writer.log_metrics(metrics, step)
-        image = heatmap_image(cosine, interval_labels(module.intervals.bounds), title=f"gradient cosine, step {step}")
-        writer.log_image("conflict_cosine", image, step)
+        measurements = trainer.max_steps // self.every_n_steps
+        thinning = max(1, -(-measurements // self.max_heatmaps))
+        if step // self.every_n_steps % thinning == 0:
+            labels = interval_labels(module.intervals.bounds)
+            writer.log_image(
+                "conflict_cosine", heatmap_image(cosine, labels, title=f"Gradient cosine, step {step}"), step
+            )
 
 
 def task_cosine(gramian: np.ndarray, counts: np.ndarray, halves: int) -> np.ndarray:

@@ -51,6 +51,16 @@ def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) 
     return xr.concat(parts, xr.Variable("block", list(dict.fromkeys(names)))).transpose(STEP, "block", ...)
 
 
+def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.DataArray, xr.DataArray]:
+    """Gramians and sample counts of all probes of several runs, one after the other along ``gradient_step``.
+
+    Averages over them are averages over the networks of these runs. All runs must measure the same intervals.
+    """
+    blocks = [str(name) for name in runs[0].coords.get("block", [])]
+    gramians = [sum_layers(run["gramian"], level, blocks) for run in runs]
+    return xr.concat(gramians, STEP, join="exact"), xr.concat([run["group_count"] for run in runs], STEP, join="exact")
+
+
 def _block_of(layer: str, blocks: Sequence[str]) -> str:
     return next((block for block in blocks if layer.startswith(f"{block}.")), layer.split(".")[0])
 

@@ -65,6 +65,12 @@ def aligned_curves(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
     return wide.interpolate(method="index", limit_area="inside")
 
 
+def mean_curves(aligned: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of `aligned_curves`, per method, where all seeds have a value (else the mean would jump)."""
+    methods = list(dict.fromkeys(aligned.columns.get_level_values("method")))
+    return pd.DataFrame({method: aligned[method].mean(axis=1, skipna=False) for method in methods})
+
+
 def arrivals(curves: pd.DataFrame, metric: str, thresholds: Mapping[Any, float] | float) -> pd.DataFrame:
     """Steps to a threshold for every method and seed.
 

@@ -107,5 +107,29 @@ def _run_row(run: xr.Dataset) -> dict[str, object]:
     }
 
 
+def interval_losses(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
+    """Last validation loss of every interval: columns method, seed, task, value (mean over runs of equal seed)."""
+    rows = [
+        (run.attrs["method"], run.attrs["seed"], task, float(value))
+        for run in runs
+        if "val_loss" in run
+        for task, value in enumerate(mean_loss(run["val_loss"]).isel(val_step=-1).values)
+    ]
+    table = pd.DataFrame(rows, columns=["method", "seed", "task", "value"])
+    return table.groupby(["method", "seed", "task"], as_index=False)[["value"]].mean()
+
+
+def interval_changes(losses: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Losses relative to the reference method's with the same seed: columns method, seed, task, change, mean.
+
+    ``change`` is value / reference - 1, ``mean`` its mean over seeds. The reference itself is left out.
+    """
+    own = losses[losses["method"] == reference].drop(columns="method")
+    paired = losses[losses["method"] != reference].merge(own, on=["seed", "task"], suffixes=("", "_reference"))
+    paired["change"] = paired["value"] / paired["value_reference"] - 1
+    paired["mean"] = paired.groupby(["method", "task"])["change"].transform("mean")
+    return paired.loc[:, ["method", "seed", "task", "change", "mean"]]
+
+
 def _total_gramian(run: xr.Dataset) -> xr.DataArray:
     return task_gramian(sum_layers(run["gramian"], "total"), run["group_count"])

@@ -27,6 +27,10 @@ _CONNECT_TIMEOUT_SECONDS = 5.0
 _SHOWN = 12
 
 
+class RunsLeftOutWarning(UserWarning):
+    """Some of the runs asked for are not among those loaded; the message says which and why."""
+
+
 def load_runs(
     tracking_uri: str | None = None,
     *,
@@ -189,6 +193,7 @@ def _finished_only(runs: list[Run]) -> list[Run]:
         warnings.warn(
             f"left out {len(left_out)} unfinished of {len(runs)} runs: {listed}; "
             "include_unfinished=True (--include-unfinished) loads them too",
+            RunsLeftOutWarning,
             stacklevel=4,
         )
     return [run for run in runs if run.info.status == "FINISHED"]
@@ -198,7 +203,8 @@ def _load(client: MlflowClient, run: Run) -> xr.Dataset | None:
     """The run's dataset, or None (with a warning) if it never committed telemetry."""
     with _telemetry_folder(client, run) as folder:
         if not (folder / Path(records.MANIFEST_PATH).name).is_file():
-            warnings.warn(f"left out run {run.info.run_name} ({run.info.run_id}): no telemetry", stacklevel=4)
+            message = f"left out run {run.info.run_name} ({run.info.run_id}): no telemetry"
+            warnings.warn(message, RunsLeftOutWarning, stacklevel=4)
             return None
         manifest = read_manifest(folder)
         dataset = read_telemetry(folder)

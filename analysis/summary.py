@@ -17,8 +17,8 @@ from analysis.uncertainty import FEW_SEEDS, seed_warning
 from lightning_modules.tracking.records import RunManifest
 
 NOT_REACHED = "not reached"
-_FREE_FIELDS = {"method", "seed", "routing", "interval_bounds", "interval_spacing"}
-"""Manifest entries in which runs of one comparison may differ: what is compared, and how it is measured."""
+_FREE_FIELDS = {"method", "seed", "routing"}
+"""Manifest entries in which runs of one comparison may differ: what is compared."""
 
 
 def summary_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
@@ -75,6 +75,41 @@ def _arrival_text(reached: pd.DataFrame) -> str:
     median = float(np.median(reached["step"].where(reached["arrived"], np.inf)))
     share = f"{int(reached['arrived'].sum())} of {len(reached)} runs"
     return f"{median:,.0f} ({share})" if np.isfinite(median) else f"{NOT_REACHED} ({share})"
+
+
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """The table of `summary_frame` as text for people, with its headings: one row per method."""
+    base = method_name(str(summary.index[0]))
+    rows = []
+    for method, row in summary.iterrows():
+        rate = f"{row['conflict_rate']:.3f}"
+        if np.isfinite(row["conflict_rate_error"]):
+            rate += f" ± {row['conflict_rate_error']:.3f}"
+        difference = "–"
+        if np.isfinite(row["difference"]):
+            difference = f"{row['difference']:+.4g}"
+            if np.isfinite(row["difference_low"]):
+                difference += f" [{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
+        rows.append(
+            {
+                "Method": method_name(str(method)),
+                "Seeds": str(row["seeds"]),
+                "Final validation loss": _with_spread(row, "val_loss"),
+                "at low noise": _with_spread(row, "low_noise"),
+                "at high noise": _with_spread(row, "high_noise"),
+                f"Difference to {base} [95 %]": difference,
+                "Conflict rate (noise: 0.5)": rate if np.isfinite(row["conflict_rate"]) else "not measured",
+                f"Steps to {base}'s final loss": str(row["steps_to_baseline"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _with_spread(row: pd.Series, name: str) -> str:
+    if not np.isfinite(row[name]):
+        return "diverged"
+    spread = row[f"{name}_sd"]
+    return f"{row[name]:.4g} ± {spread:.2g}" if np.isfinite(spread) else f"{row[name]:.4g}"
 
 
 @dataclasses.dataclass(frozen=True)

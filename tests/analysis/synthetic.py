@@ -152,7 +152,7 @@ def activation_columns(method: str, seed: int, step: int) -> dict:
 def write_telemetry(folder: Path, method: str, seed: int) -> None:
     """The ``telemetry`` folder of a complete run: two shards per table, manifest, and masks if routed."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(1000 + seed)
+    rng = np.random.default_rng([seed, len(method)])
     (folder / "manifest.json").write_text(manifest(method, seed).to_json())
     shards = Shards(folder)
     for part, steps in enumerate(np.array_split(STEPS, 2)):

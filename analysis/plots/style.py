@@ -1,0 +1,117 @@
+"""What all figures share: colours by method, interval axes, and how a cell without a value looks."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from analysis.methods import METHOD_NAMES
+
+_KNOWN_COLOURS = {"baseline": "#4d4d4d", "random": "#e69f00", "dtr": "#0072b2"}
+_SPARE_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+DIVERGING = "RdBu"
+"""Red for conflict, blue for agreement; told apart by all common forms of colour blindness."""
+SEQUENTIAL = "viridis"
+_LOG_FROM = 5.0
+_MAX_LABELS = 16
+_MAX_ANNOTATED = 10
+
+
+def method_colour(method: str) -> str:
+    """The one colour of a method, the same in every figure (Okabe and Ito's palette)."""
+    if method in _KNOWN_COLOURS:
+        return _KNOWN_COLOURS[method]
+    # Not hash(): it differs between processes.
+    return _SPARE_COLOURS[sum(method.encode()) % len(_SPARE_COLOURS)]
+
+
+assert set(_KNOWN_COLOURS) == set(METHOD_NAMES)
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """The axes given, or those of a new figure."""
+    return plt.subplots(layout="constrained")[1] if ax is None else ax
+
+
+def draw_legend(ax: Axes) -> None:
+    """A legend that stays legible on top of what it must cover."""
+    ax.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8)
+
+
+def scale_losses(ax: Axes) -> None:
+    """Makes the value axis logarithmic if what is drawn spans more than a factor of five, with plain numbers."""
+    low, high = ax.dataLim.intervaly
+    if low > 0 and high > _LOG_FROM * low:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_matrix(
+    matrix: xr.DataArray, ax: Axes, *, cmap: str, vmin: float, vmax: float, colorbar: bool, annotate: bool = True
+) -> None:
+    """Draws (task, other_task): intervals in t at the left and bottom, log-SNR at the top, NaN cells hatched.
+
+    Cells show their value while there are few enough to read.
+    """
+    values = matrix.values
+    image = ax.imshow(values, cmap=cmap, vmin=vmin, vmax=vmax, interpolation="nearest")
+    size = len(values)
+    for row, column in np.argwhere(np.isnan(values)):
+        hatch_cell(ax, row, column)
+    if annotate and size <= _MAX_ANNOTATED:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                red, green, blue, _ = image.cmap(image.norm(value))
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                colour = "white" if dark else "black"
+                ax.text(column, row, _short(value), ha="center", va="center", fontsize=7, color=colour)
+    label_intervals(ax, matrix, "y")
+    label_intervals(ax, matrix, "x")
+    sns.despine(ax=ax, left=True, bottom=True)
+    if colorbar:
+        ax.figure.colorbar(image, ax=ax, shrink=0.85, pad=0.02)
+
+
+def hatch_cell(ax: Axes, row: int, column: int) -> None:
+    """Marks a cell as undefined: hatched, never the colour of a value."""
+    corner = (column - 0.5, row - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0))
+
+
+def grey_diagonal(ax: Axes, size: int) -> None:
+    """Covers a diagonal that is 1 by definition and says nothing."""
+    for at in range(size):
+        ax.add_patch(Rectangle((at - 0.5, at - 0.5), 1, 1, facecolor="#d9d9d9", edgecolor="none", zorder=3))
+
+
+def label_intervals(ax: Axes, tasks: xr.DataArray | xr.Dataset, axis: str, *, log_snr: bool = True) -> None:
+    """Names the tasks 0 ... K - 1 along an axis by their interval in t; on x, log-SNR goes on a second axis above."""
+    every = -(-tasks.sizes["task"] // _MAX_LABELS)
+    at = np.arange(0, tasks.sizes["task"], every)
+    labels = [str(label).removeprefix("t") for label in tasks["interval"].values[at]]
+    if axis == "y":
+        ax.set_yticks(at, labels, fontsize=8)
+        ax.set_ylabel("timesteps t")
+        return
+    ax.set_xticks(at, labels, rotation=90, fontsize=8)
+    ax.set_xlabel("timesteps t  (noise increases →)")
+    if log_snr:
+        top = ax.secondary_xaxis("top")
+        top.set_xticks(at, [f"{value:.1f}" for value in tasks["log_snr"].values[at]], fontsize=7)
+        top.set_xlabel("log-SNR", fontsize=8)
+        top.tick_params(length=2)
+        top.spines["top"].set_visible(False)
+
+
+def _short(value: float) -> str:
+    """Two decimals without the leading zero: .53, -.07, 1.0."""
+    text = f"{value:.2f}"
+    text = "0" if text in ("0.00", "-0.00") else text.replace("0.", ".", 1)
+    return "1.0" if text == "1.00" else text

@@ -1,0 +1,171 @@
+"""One self-contained HTML page: what was compared, the verdict with its uncertainty, tables, figures with captions.
+
+Everything is inline (MLflow shows the page in a sandboxed frame that can fetch nothing) and without scripts.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from html import escape
+
+import pandas as pd
+import xarray as xr
+from matplotlib.figure import Figure
+
+from analysis.figures import ReportFigure
+from analysis.methods import method_name
+from analysis.summary import Verdict, readable
+from lightning_modules.tracking.records import RunManifest
+
+_DPI = 110
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1f1f1f; background: #fff;
+  margin: 0 auto; padding: 1.2rem; max-width: 68rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+.lead { color: #555; margin: 0 0 1rem; }
+.verdict { background: #eef4fa; border-left: 4px solid #0072b2; padding: .6rem 1rem; }
+.warning { background: #fdf3e1; border-left: 4px solid #e69f00; padding: .6rem 1rem; margin-top: .8rem; }
+.verdict ul, .warning ul { margin: .2rem 0; padding-left: 1.2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
+th { font-weight: 600; border-bottom: 2px solid #888; }
+th:first-child, td:first-child { text-align: left; }
+td { overflow-wrap: anywhere; min-width: 3.5rem; }
+figure { margin: 0 0 1rem; }
+figure img { max-width: 100%; height: auto; }
+figcaption, .note { color: #444; font-size: .92rem; max-width: 52rem; }
+@media (max-width: 600px) { body { padding: .8rem; } figure .wide img { max-width: none; width: 46rem; }
+  figure .wide img.narrow { width: 30rem; } }
+@media print { body { font-size: 11px; max-width: none; padding: 0; } .wide { overflow: visible; }
+  figure, tr, .verdict, .warning { break-inside: avoid; } h2 { break-after: avoid; } table { font-size: 8px; } }
+"""
+
+_NOTES = """
+Losses are the mean unweighted error on held-out images at fixed noise and timesteps, so that runs are comparable point
+by point; ± is the standard deviation over seeds. Low and high noise are the first and the last quarter of the
+timesteps. Differences are paired by seed (same initialisation, data order, noise), with a Student t-interval. Steps to
+the baseline's final loss compare runs of one seed; a run that never arrives is shown as "not reached", never left out.
+The conflict rate is the share of interval pairs with a negative gradient cosine, over all parameters, with its standard
+error over probes; gradients that are pure noise give 0.5.
+"""
+
+
+def render_report(
+    runs: Sequence[xr.Dataset],
+    summary: pd.DataFrame,
+    said: Verdict,
+    table: pd.DataFrame,
+    figures: Sequence[ReportFigure],
+    *,
+    title: str,
+) -> str:
+    """The page as a string.
+
+    Args:
+        runs: What was compared.
+        summary: `summary.summary_frame` of it.
+        said: `summary.verdict` of it.
+        table: `frames.runs_frame` of it.
+        figures: `figures.report_figures` of it.
+        title: Headline.
+    """
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{escape(_what_was_compared(runs))}</p>',
+        f'<div class="verdict"><strong>Verdict</strong>{_list(said.findings)}</div>',
+        f'<div class="warning"><strong>Before you believe it</strong>{_list(said.warnings)}</div>'
+        * bool(said.warnings),
+        "<h2>Summary</h2>",
+        _table(readable(summary)),
+        *(_figure(figure) for figure in figures),
+        "<h2>Runs</h2>",
+        _table(_readable_runs(table)),
+        "<h2>Settings</h2>",
+        _table(_settings(runs)),
+        f'<h2>How to read this</h2><p class="note">{escape(_NOTES.strip())}</p>',
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def png_bytes(figure: Figure, dpi: int = _DPI) -> bytes:
+    """A figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _what_was_compared(runs: Sequence[xr.Dataset]) -> str:
+    first = RunManifest.from_json(runs[0].attrs["manifest"])
+    by_method: dict[str, list[int]] = {}
+    for run in runs:
+        by_method.setdefault(run.attrs["method"], []).append(run.attrs["seed"])
+    methods = "; ".join(
+        f"{method_name(method)} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))})"
+        for method, seeds in by_method.items()
+    )
+    last = max(int(run["val_step"][-1]) for run in runs)
+    return (
+        f"{len(runs)} runs on {first.dataset}: {methods}. {first.parameters:,} parameters, {last:,} steps of "
+        f"{first.batch_size} images, T = {first.num_timesteps} in {len(first.interval_bounds) - 1} intervals "
+        f"({first.interval_spacing})."
+    )
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def _table(table: pd.DataFrame) -> str:
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in table.columns)
+    rows = (
+        "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>"
+        for row in table.itertuples(index=False)
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _figure(figure: ReportFigure) -> str:
+    data = base64.b64encode(png_bytes(figure.figure)).decode()
+    title, caption = escape(figure.title), escape(figure.caption)
+    narrow = ' class="narrow"' if figure.figure.get_figwidth() < 8 else ""
+    image = f'<img{narrow} src="data:image/png;base64,{data}" alt="{title}">'
+    return f'<h2>{title}</h2>\n<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _readable_runs(table: pd.DataFrame) -> pd.DataFrame:
+    shown = table[["name", "method", "seed", "status", "step", "val_loss", "low_noise", "high_noise", "conflict_rate"]]
+    shown = shown.assign(method=shown["method"].map(method_name), run=table["run"].str[:8])
+    for column in ("val_loss", "low_noise", "high_noise", "conflict_rate"):
+        shown[column] = shown[column].map("{:.4g}".format)
+    return shown.rename(columns=lambda name: name.replace("_", " "))
+
+
+def _settings(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
+    """What each method was trained with, as far as it is in the manifest; values that differ are listed together."""
+    left_out = {"method", "seed", "log_snr", "schema_version", "block_channels", "interval_bounds"}
+    by_method: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        manifest = dataclasses.asdict(RunManifest.from_json(run.attrs["manifest"]))
+        own = by_method.setdefault(method_name(manifest["method"]), {})
+        for name, value in manifest.items():
+            if name not in left_out:
+                text = value if isinstance(value, str) else json.dumps(value) if value is not None else "none"
+                own.setdefault(name, []).append(text)
+    names = list(next(iter(by_method.values())))
+    return pd.DataFrame(
+        {"Setting": [name.replace("_", " ") for name in names]}
+        | {method: [" / ".join(dict.fromkeys(own[name])) for name in names] for method, own in by_method.items()}
+    )

@@ -1,0 +1,250 @@
+"""``dtr-lab compare``: runs or an experiment -> tables, figures and one HTML page, logged to MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import records
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from mlflow import MlflowClient
+    from rich.console import Console
+
+    from analysis.figures import ReportFigure
+    from analysis.summary import Verdict
+
+REPORT_FILE = "report.html"
+TABLES_DIR = "tables"
+FIGURES_DIR = "figures"
+_ALL = "all"
+_PNG_DPI = 160
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("--experiment", help="name of the MLflow experiment")
+    parser.add_argument(
+        "--comparison",
+        default="latest",
+        help="only the runs of this comparison: its id, 'latest' (default: the newest one) or 'all' runs",
+    )
+    parser.add_argument("--runs", nargs="+", metavar="ID", help="exactly these runs, by their MLflow run id")
+    parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db here)")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/comparisons/COMPARISON)")
+    parser.add_argument("--include-unfinished", action="store_true", help="also runs that failed or still run")
+    parser.add_argument("--no-log", action="store_true", help="write the files only, log nothing to MLflow")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares, and prints the summary and where the files are."""
+    summary = compare(
+        args.tracking_uri,
+        experiment=args.experiment,
+        comparison=args.comparison,
+        run_ids=args.runs,
+        out=args.out,
+        include_unfinished=args.include_unfinished,
+        log=not args.no_log,
+    )
+    print_summary(summary)
+    return 0
+
+
+def compare(
+    tracking_uri: str | None = None,
+    *,
+    experiment: str | None = None,
+    comparison: str = "latest",
+    run_ids: Sequence[str] | None = None,
+    out: Path | str | None = None,
+    include_unfinished: bool = False,
+    log: bool = True,
+) -> pd.DataFrame:
+    """Compares training runs, writes what it finds, and logs it to MLflow.
+
+    Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv`` and ``figures/*.png``.
+    Logged to the parent run of the comparison (tags ``dtr.kind`` = ``comparison`` and ``dtr.comparison``), which is
+    created if there is none; runs from several comparisons get a parent of their own.
+
+    Args:
+        tracking_uri: See `analysis.runs.locate_store`.
+        experiment: Name of the experiment; needed unless ``run_ids`` are given.
+        comparison: Id of a comparison, ``"latest"``, or ``"all"`` for all runs of the experiment.
+        run_ids: Exactly these runs.
+        out: Output folder; ``runs/comparisons/<comparison>`` by default.
+        include_unfinished: Whether to take runs that are not finished too; the report says so.
+        log: Whether to log to MLflow.
+
+    Returns:
+        `analysis.summary.summary_frame`, with ``attrs``: findings and warnings (lists of sentences), out (path), and
+        run_id of the parent (empty if nothing was logged).
+
+    Raises:
+        UserInputError: If the runs cannot be loaded or compared.
+    """
+    from analysis.figures import report_figures
+    from analysis.frames import runs_frame
+    from analysis.report import render_report
+    from analysis.runs import locate_store
+    from analysis.summary import summary_frame, verdict
+    from lightning_modules.tracking.store import check_store
+
+    uri = locate_store(tracking_uri)
+    check_store(uri)
+    runs, left_out = _load(uri, experiment, comparison, run_ids, include_unfinished)
+    name = _comparison_id(runs)
+    folder = Path(out) if out is not None else Path("runs") / "comparisons" / name
+    summary, said = summary_frame(runs), verdict(runs)
+    said.warnings.extend(left_out)
+    figures = report_figures(runs)
+    title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
+    page = render_report(runs, summary, said, runs_frame(runs), figures, title=title)
+    _write(folder, runs, summary, figures, page)
+    parent = _log(uri, runs, name, folder, summary, said) if log else ""
+    summary.attrs = {"findings": said.findings, "warnings": said.warnings, "out": str(folder), "run_id": parent}
+    return summary
+
+
+def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
+    """Prints a summary as returned by `compare`: the table, the verdict, and where the files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from analysis.summary import readable
+
+    console = console or Console()
+    shown = readable(summary)
+    table = Table(title="Comparison", title_justify="left", title_style="bold")
+    for column in shown.columns:
+        table.add_column(column, justify="left" if column == "Method" else "right")
+    for row in shown.itertuples(index=False):
+        table.add_row(*row)
+    console.print(table)
+    for sentence in summary.attrs.get("findings", []):
+        console.print(f"• {sentence}", markup=False, highlight=False)
+    for sentence in summary.attrs.get("warnings", []):
+        console.print(f"! {sentence}", style="yellow", markup=False, highlight=False)
+    if "out" in summary.attrs:
+        folder = Path(summary.attrs["out"])
+        console.print(f"Report: {folder / REPORT_FILE}", soft_wrap=True, markup=False)
+        console.print(f"Figures: {folder / FIGURES_DIR}   Tables: {folder / TABLES_DIR}", soft_wrap=True, markup=False)
+
+
+def _load(
+    uri: str, experiment: str | None, comparison: str, run_ids: Sequence[str] | None, include_unfinished: bool
+) -> tuple[list[xr.Dataset], list[str]]:
+    """The runs, and what was said about those left out."""
+    from analysis.runs import RunsLeftOutWarning, load_runs
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RunsLeftOutWarning)
+        runs = load_runs(
+            uri,
+            experiment=experiment,
+            comparison=None if comparison == _ALL else comparison,
+            run_ids=run_ids,
+            include_unfinished=include_unfinished,
+        )
+    left_out = []
+    for warning in caught:
+        if issubclass(warning.category, RunsLeftOutWarning):
+            text = str(warning.message)
+            left_out.append(text[0].upper() + text[1:] + ".")
+    unvalidated = [run.attrs["name"] for run in runs if "val_loss" not in run]
+    if unvalidated:
+        raise UserInputError(
+            f"no validation losses in {', '.join(unvalidated)}: compare runs that were validated at least once, with "
+            "the `timestep_loss` probe on"
+        )
+    intervals = {tuple(run["t_low"].values.tolist()) for run in runs}
+    if len(intervals) > 1:
+        raise UserInputError(
+            "the runs were measured on different timestep intervals, which cannot be compared: choose runs with the "
+            "same `intervals` by --runs or --comparison"
+        )
+    return runs, left_out
+
+
+def _comparison_id(runs: Sequence[xr.Dataset]) -> str:
+    """The comparison that all runs belong to, or a stable name for this selection."""
+    names = {run.attrs["comparison"] for run in runs}
+    if len(names) == 1 and "" not in names:
+        return names.pop()
+    ids = "".join(sorted(run.attrs["run_id"] for run in runs))
+    return f"selection-{hashlib.sha1(ids.encode()).hexdigest()[:8]}"
+
+
+def _method_names(summary: pd.DataFrame) -> list[str]:
+    from analysis.methods import method_name
+
+    return [method_name(str(method)) for method in summary.index]
+
+
+def _write(
+    folder: Path, runs: Sequence[xr.Dataset], summary: pd.DataFrame, figures: Sequence[ReportFigure], page: str
+) -> None:
+    from analysis.frames import curves_frame, interval_losses, runs_frame
+    from analysis.report import png_bytes
+
+    for part in (TABLES_DIR, FIGURES_DIR):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    summary.to_csv(folder / TABLES_DIR / "summary.csv")
+    runs_frame(runs).to_csv(folder / TABLES_DIR / "runs.csv", index=False)
+    curves_frame(runs).to_csv(folder / TABLES_DIR / "curves.csv", index=False)
+    interval_losses(runs).to_csv(folder / TABLES_DIR / "interval_losses.csv", index=False)
+    for figure in figures:
+        (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(png_bytes(figure.figure, _PNG_DPI))
+    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
+
+
+def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary: pd.DataFrame, said: Verdict) -> str:
+    """Logs the files and the verdict to the parent run of the comparison; returns its id."""
+
+    from lightning_modules.tracking.store import mlflow_client
+
+    client: MlflowClient = mlflow_client(uri)
+    experiment_id = client.get_run(runs[0].attrs["run_id"]).info.experiment_id
+    parent, created = _parent_run(client, experiment_id, name)
+    client.log_artifact(parent, str(folder / REPORT_FILE))
+    client.log_artifacts(parent, str(folder / TABLES_DIR), TABLES_DIR)
+    client.log_artifacts(parent, str(folder / FIGURES_DIR), FIGURES_DIR)
+    client.set_tag(parent, "mlflow.note.content", _note(runs, summary, said))
+    if created:
+        client.set_terminated(parent)
+    return parent
+
+
+def _parent_run(client: MlflowClient, experiment_id: str, name: str) -> tuple[str, bool]:
+    """Id of the run that stands for the comparison, and whether it had to be created."""
+    found = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{records.TAG_KIND}` = 'comparison' AND tags.`{records.TAG_COMPARISON}` = '{name}'",
+        max_results=1,
+    )
+    if found:
+        return found[0].info.run_id, False
+    tags = {records.TAG_KIND: "comparison", records.TAG_COMPARISON: name}
+    return client.create_run(experiment_id, run_name=f"comparison {name}", tags=tags).info.run_id, True
+
+
+def _note(runs: Sequence[xr.Dataset], summary: pd.DataFrame, said: Verdict) -> str:
+    """The verdict as Markdown, for the description of the run in the MLflow UI."""
+    members = ", ".join(f"`{run.attrs['name']}`" for run in runs)
+    lines = [
+        f"**Comparison of {', '.join(_method_names(summary))}** ({len(runs)} runs). "
+        f"The whole report: Artifacts, `{REPORT_FILE}`.",
+        "",
+        *(f"- {sentence}" for sentence in said.findings),
+        *(f"- **Note:** {sentence}" for sentence in said.warnings),
+        "",
+        f"Runs: {members}.",
+    ]
+    return "\n".join(lines)

@@ -32,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draws the samples and writes the picture."""
     import torch
-    from lightning_modules.sampling import sample
     from PIL import Image
 
     from lightning_modules.checkpoint import load_denoiser
     from lightning_modules.sample_grid import image_grid
+    from lightning_modules.sampling import sample
+    from lightning_modules.seeding import seeded_generator
 
     if args.count < 1 or args.columns < 1:
         raise UserInputError("--count and --columns must be at least 1")
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         guidance_channels=args.guidance_channels,
         steps=args.steps,
         method=args.method,
-        generator=torch.Generator(device=module.device).manual_seed(args.seed),
+        generator=seeded_generator(args.seed, device=module.device),
+        clip_sample=True,
         progress=True,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
-from lightning_modules.sampling import sample
+from lightning_modules.seeding import seeded_generator
 from lightning_modules.tracking.callback import writer_of
 
 
@@ -65,6 +65,8 @@ class SampleGrid(pl.Callback):
     @torch.no_grad()
     def draw(self, module: DenoiserModule) -> Tensor:
         """The samples, (rows * columns, C, H, W)."""
+        from lightning_modules.sampling import sample  # imports diffusers, which takes longer than most checks
+
         config = module.backbone.config
         count = self.rows * self.columns
         labels = None
@@ -79,7 +81,8 @@ class SampleGrid(pl.Callback):
             guidance_scale=self.guidance_scale if guided else 1.0,
             steps=self.sampling_steps,
             method=self.method,  # type: ignore[arg-type]
-            generator=torch.Generator(device=module.device).manual_seed(self.seed),
+            generator=seeded_generator(self.seed, device=module.device),
+            clip_sample=True,
         )
 
 

@@ -1,0 +1,106 @@
+"""Tests for `lightning_modules/probes/gradient_conflict.py`."""
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_modules.denoiser import NoisedBatch
+from lightning_modules.errors import UserInputError
+from lightning_modules.probes.gradient_conflict import GradientConflictProbe, task_cosine
+from lightning_modules.tracking.records import GRADIENT_GRAMIAN, TABLES
+
+
+class GradientSpy(pl.Callback):
+    """Keeps the gradient that the optimizer is about to use, by layer."""
+
+    def __init__(self) -> None:
+        self.norms = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        layers = {}
+        for name, p in pl_module.backbone.named_parameters():
+            if p.grad is not None:
+                layer = name.rpartition(".")[0]
+                layers[layer] = layers.get(layer, 0.0) + p.grad.double().square().sum().item()
+        self.norms[trainer.global_step] = layers
+
+
+def test_the_groups_gradients_add_up_to_the_training_steps_own_gradient(make_denoiser, writer, fit):
+    """The mean over groups of equal size is the batch's gradient, so the mean of the Gramian is its squared norm."""
+    spy = GradientSpy()
+    fit(make_denoiser("dtr"), spy, GradientConflictProbe(every_n_steps=2, halves=2), steps=5)
+    measured = [columns for table, columns in writer.rows if table == GRADIENT_GRAMIAN]
+    assert [columns["step"][0] for columns in measured] == [2, 4]
+    for columns in measured:
+        assert list(columns) == TABLES[GRADIENT_GRAMIAN].names
+        assert columns["group_count"][0] == [2] * 8
+        expected = spy.norms[columns["step"][0]]
+        got = {layer: np.mean(g) for layer, g in zip(columns["layer"], columns["gramian"], strict=True)}
+        assert got.keys() == expected.keys()
+        for layer, value in expected.items():
+            assert got[layer] == pytest.approx(value, rel=1e-3, abs=1e-9), layer
+
+
+def test_measuring_does_not_change_training(make_denoiser, writer, fit):
+    plain, probed = make_denoiser(), make_denoiser()
+    fit(plain, steps=4)
+    fit(probed, GradientConflictProbe(every_n_steps=1), steps=4)
+    for (name, p), q in zip(plain.state_dict().items(), probed.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_scalars_and_heatmap_follow_from_the_gramian(make_denoiser, writer, fit):
+    fit(make_denoiser(), GradientConflictProbe(every_n_steps=3), steps=4)
+    (_, columns), (step, metrics), (image_step, key, image) = writer.rows[0], writer.metrics[0], writer.images[0]
+    total = np.sum([np.reshape(g, (8, 8)) for g in columns["gramian"]], axis=0, dtype=np.float64)
+    merged = total.reshape(4, 2, 4, 2).mean((1, 3))
+    cosine = merged / np.sqrt(np.outer(np.diag(merged), np.diag(merged)))
+    pairs = cosine[np.triu_indices(4, 1)]
+    assert step == image_step == 3
+    assert metrics["conflict/mean_cosine"] == pytest.approx(pairs.mean())
+    assert metrics["conflict/rate"] == pytest.approx((pairs < 0).mean())
+    assert key == "conflict_cosine"
+    assert image.dtype == np.uint8
+
+
+def test_heatmaps_are_thinned_out_over_a_long_run(make_denoiser, writer, fit):
+    fit(make_denoiser(), GradientConflictProbe(every_n_steps=1, max_heatmaps=3), steps=9)
+    assert [step for step, _, _ in writer.images] == [3, 6]
+    assert len(writer.metrics) == 8
+
+
+def test_an_empty_task_has_no_cosine():
+    gramian = np.diag([1.0, 1.0, 0.0, 0.0, 4.0, 4.0])
+    cosine = task_cosine(gramian, np.array([2, 2, 0, 0, 2, 1]), 2)
+    assert np.isnan(cosine[1]).all()
+    assert cosine[0, 0] == pytest.approx(1)
+    assert cosine[0, 2] == 0
+
+
+def test_half_counts_weigh_the_halves_of_a_task():
+    vectors = np.random.default_rng(0).normal(size=(4, 5))
+    counts = np.array([1, 3, 2, 2])
+    tasks = np.stack([(vectors[0] + 3 * vectors[1]) / 4, (vectors[2] + vectors[3]) / 2])
+    expected = tasks[0] @ tasks[1] / np.linalg.norm(tasks[0]) / np.linalg.norm(tasks[1])
+    assert task_cosine(vectors @ vectors.T, counts, 2)[0, 1] == pytest.approx(expected)
+
+
+def test_bf16_autocast_agrees_with_float32(make_denoiser, writer, fit, batch):
+    for precision in ("32-true", "bf16-mixed"):
+        fit(make_denoiser(), GradientConflictProbe(every_n_steps=1), steps=2, precision=precision)
+    full, half = (np.sum(columns["gramian"], axis=0) for _, columns in writer.rows)
+    assert np.abs(full - half).max() / np.abs(full).max() < 0.05
+    assert (full != half).any()
+
+
+def test_repeating_a_step_repeats_its_batch(make_denoiser, batch):
+    module = make_denoiser()
+    first, second = module.draw(batch, 7), module.draw(batch, 7)
+    assert isinstance(first, NoisedBatch)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(UserInputError, match="halves"):
+        GradientConflictProbe(halves=0)

@@ -50,7 +50,7 @@ clean: ## remove .venv and caches, never runs or the store
 
 python-version:
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: DTR Lab needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+	  echo "error: DTR Lab needs Python 3.11 or newer, but '$(PYTHON)' says: $$($(PYTHON) --version 2>&1 | tail -n 1)" >&2; \
 	  echo "Name a newer one, for example: make $(or $(MAKECMDGOALS),test) PYTHON=python3.12" >&2; exit 1; }
 
 # A .venv that an interrupted run left without pip is completed; one that works is kept, whatever made it.

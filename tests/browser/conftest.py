@@ -33,8 +33,8 @@ class DemoStore:
     """What the browser should find.
 
     Attributes:
-        training_runs: Name -> run id of the comparison's training runs.
-        comparison_run: Id of the run that holds ``report.html``; it is named like the comparison.
+        training_runs: Names of the comparison's training runs.
+        comparison_run: Name of the run that holds ``report.html``.
         heatmap_steps: Steps at which every training run logged the image ``conflict_cosine``.
     """
 
@@ -42,7 +42,7 @@ class DemoStore:
     experiment: str
     comparison: str
     comparison_run: str
-    training_runs: dict[str, str]
+    training_runs: list[str]
     heatmap_steps: list[int]
 
 
@@ -53,19 +53,19 @@ def demo_store(tmp_path_factory) -> DemoStore:
     client = mlflow_client(uri)
     experiment_id = ensure_experiment(client, uri, "digits-demo")
     _log_comparison(client, experiment_id, "demo-older")
-    comparison_run, training_runs = _log_comparison(client, experiment_id, "demo-newer")
-    return DemoStore(uri, "digits-demo", "demo-newer", comparison_run, training_runs, [50, 100, 150])
+    training_runs = _log_comparison(client, experiment_id, "demo-newer")
+    return DemoStore(uri, "digits-demo", "demo-newer", "comparison demo-newer", training_runs, [50, 100, 150])
 
 
-def _log_comparison(client: MlflowClient, experiment_id: str, name: str) -> tuple[str, dict[str, str]]:
+def _log_comparison(client: MlflowClient, experiment_id: str, name: str) -> list[str]:
     tags = {"dtr.comparison": name, "dtr.kind": "comparison"}
-    parent = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    parent = client.create_run(experiment_id, tags=tags, run_name=f"comparison {name}").info.run_id
     client.log_text(parent, _report(name), "report.html")
-    runs = {}
+    runs = []
     for number, method in enumerate(("baseline", "random", "dtr")):
         tags = {"dtr.comparison": name, "dtr.kind": "training", "dtr.method": method, "mlflow.parentRunId": parent}
         run_id = client.create_run(experiment_id, tags=tags, run_name=f"{method}-of-{name}").info.run_id
-        runs[f"{method}-of-{name}"] = run_id
+        runs.append(f"{method}-of-{name}")
         keys = ("loss/train", "loss/val", "conflict/rate")
         curve = [Metric(key, float(np.exp(-step / 50)) + number, 1, step) for step in range(200) for key in keys]
         client.log_batch(run_id, metrics=curve)
@@ -73,7 +73,7 @@ def _log_comparison(client: MlflowClient, experiment_id: str, name: str) -> tupl
             client.log_image(run_id, _heatmap(seed=step + number), key="conflict_cosine", step=step)
         client.set_terminated(run_id)
     client.set_terminated(parent)
-    return parent, runs
+    return runs
 
 
 def _heatmap(seed: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def open_card(browser, links, title: str):
 
 def test_the_runs_of_the_comparison_are_listed_and_no_others(browser, links, demo_store):
     browser.get(links["runs"])
-    expected = {*demo_store.training_runs, demo_store.comparison}
+    expected = {*demo_store.training_runs, demo_store.comparison_run}
     wait_for(browser, lambda: listed_runs(browser) == expected, f"exactly the runs {sorted(expected)}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +21,7 @@ from analysis.plots.matrices import plot_conflict_matrix, plot_overlap
 
 Runs = Sequence[xr.Dataset]
 _PANEL_INCHES = 3.6
+_DPI = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +40,26 @@ class ReportFigure:
     caption: str
     figure: Figure
 
+    @functools.cached_property
+    def png(self) -> bytes:
+        """The figure as a PNG file."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=_DPI)
+        return buffer.getvalue()
 
-def report_figures(runs: Runs) -> list[ReportFigure]:
-    """All figures that these runs have data for, in the order of the report."""
+
+def report_figures(runs: Runs, curves: pd.DataFrame) -> list[ReportFigure]:
+    """All figures that these runs have data for, in the order of the report.
+
+    Args:
+        runs: What was compared; all must measure the same intervals.
+        curves: `frames.curves_frame` of it.
+    """
     makers: list[tuple[str, Callable[[Runs], ReportFigure | None]]] = [
-        ("val_loss", curves_figure),
+        ("val_loss", lambda _: curves_figure(curves)),
         ("val_loss", intervals_figure),
         ("gramian", conflict_figure),
-        ("gramian", conflict_rate_figure),
+        ("gramian", lambda usable: conflict_rate_figure(usable, curves)),
         ("gramian", affinity_figure),
         ("activation_mean_square", channels_figure),
         ("activation_mean_square", effective_channels_figure),
@@ -53,9 +68,8 @@ def report_figures(runs: Runs) -> list[ReportFigure]:
     return [figure for figure in made if figure is not None]
 
 
-def curves_figure(runs: Runs) -> ReportFigure:
+def curves_figure(curves: pd.DataFrame) -> ReportFigure:
     """Validation loss over steps: overall, at low and at high noise."""
-    curves = frames.curves_frame(runs)
     panels = (
         (frames.VAL_LOSS, "all timesteps"),
         (frames.LOW_NOISE, "low noise: first quarter of T"),
@@ -137,14 +151,14 @@ def _cosines(runs: Runs) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
     return plain, corrected, conflict.significant_pairs(tasks)
 
 
-def conflict_rate_figure(runs: Runs) -> ReportFigure:
+def conflict_rate_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
     """Conflict rate over steps with its null band."""
-    curves = convergence.aligned_curves(frames.curves_frame(runs), frames.CONFLICT_RATE)
+    aligned = convergence.aligned_curves(curves, frames.CONFLICT_RATE)
     gramian, count = conflict.pool_runs(runs[:1])
     rate = conflict.conflict_rate(conflict.task_gramian(gramian, count))
     figure, axes = _panels(1, 1, width=6.5, height=3.4)
-    mean = convergence.mean_curves(curves)
-    plot_conflict_rate(curves, mean=mean, null_error=float(rate["null_error"]), ax=axes[0][0])
+    mean = convergence.mean_curves(aligned)
+    plot_conflict_rate(aligned, mean=mean, null_error=float(rate["null_error"]), ax=axes[0][0])
     return ReportFigure(
         "conflict_rate",
         "Conflict over training",

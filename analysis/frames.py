@@ -88,23 +88,21 @@ def runs_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
 
 
 def _run_row(run: xr.Dataset) -> dict[str, object]:
-    curves = run_curves(run)
-    last = {metric: float(curve[-1]) for metric, curve in curves.items() if curve.size}
+    row: dict[str, object] = {"run": run.attrs["run_id"]}
+    for name in ("name", "method", "seed", "status", "experiment", "comparison", "dataset"):
+        row[name] = run.attrs[name]
+    row["parameters"] = RunManifest.from_json(run.attrs["manifest"]).parameters
+    row |= {"step": 0, "val_loss": np.nan, "low_noise": np.nan, "high_noise": np.nan}
+    if "val_loss" in run:
+        by_task = run["val_loss"].isel(val_step=-1)
+        by_quarter = mean_loss(run["val_quarter_loss"].isel(val_step=-1))
+        row["step"] = int(run["val_step"][-1])
+        row["val_loss"] = float(mean_loss(by_task.sum("task", skipna=False)))
+        row["low_noise"], row["high_noise"] = float(by_quarter[0]), float(by_quarter[-1])
     conflict = conflict_rate(_total_gramian(run)) if "gramian" in run else None
-    attrs = {
-        name: run.attrs[name] for name in ("name", "method", "seed", "status", "experiment", "comparison", "dataset")
-    }
-    return {
-        "run": run.attrs["run_id"],
-        **attrs,
-        "parameters": RunManifest.from_json(run.attrs["manifest"]).parameters,
-        "step": int(run["val_step"][-1]) if "val_step" in run.coords else 0,
-        "val_loss": last.get(VAL_LOSS, np.nan),
-        "low_noise": last.get(LOW_NOISE, np.nan),
-        "high_noise": last.get(HIGH_NOISE, np.nan),
-        "conflict_rate": np.nan if conflict is None else float(conflict["rate"]),
-        "conflict_rate_error": np.nan if conflict is None else float(conflict["standard_error"]),
-    }
+    row["conflict_rate"] = np.nan if conflict is None else float(conflict["rate"])
+    row["conflict_rate_error"] = np.nan if conflict is None else float(conflict["standard_error"])
+    return row
 
 
 def interval_losses(runs: Sequence[xr.Dataset]) -> pd.DataFrame:

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from html import escape
 
 import pandas as pd
 import xarray as xr
-from matplotlib.figure import Figure
 
 from analysis.figures import ReportFigure
 from analysis.methods import method_name
 from analysis.summary import Verdict, readable
 from lightning_modules.tracking.records import RunManifest
-
-_DPI = 110
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -37,7 +33,7 @@ h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { font-weight: 600; border-bottom: 2px solid #888; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: pre-wrap; }
 td { overflow-wrap: anywhere; min-width: 3.5rem; }
 figure { margin: 0 0 1rem; }
 figure img { max-width: 100%; height: auto; }
@@ -100,13 +96,6 @@ def render_report(
     )
 
 
-def png_bytes(figure: Figure, dpi: int = _DPI) -> bytes:
-    """A figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
 def _what_was_compared(runs: Sequence[xr.Dataset]) -> str:
     first = RunManifest.from_json(runs[0].attrs["manifest"])
     by_method: dict[str, list[int]] = {}
@@ -138,7 +127,7 @@ def _table(table: pd.DataFrame) -> str:
 
 
 def _figure(figure: ReportFigure) -> str:
-    data = base64.b64encode(png_bytes(figure.figure)).decode()
+    data = base64.b64encode(figure.png).decode()
     title, caption = escape(figure.title), escape(figure.caption)
     narrow = ' class="narrow"' if figure.figure.get_figwidth() < 8 else ""
     image = f'<img{narrow} src="data:image/png;base64,{data}" alt="{title}">'

@@ -139,7 +139,10 @@ def _listed(names: Sequence[str]) -> str:
 def _experiment_named(client: MlflowClient, name: str) -> Experiment:
     found = client.get_experiment_by_name(name)
     if found is None:
-        raise UserInputError(f"no experiment {name!r} in {client.tracking_uri}; there are: {_experiments(client)}")
+        raise UserInputError(
+            f"no experiment {name!r} in {client.tracking_uri}; there are: {_experiments(client)} "
+            "(`make demo` makes the runs of 'digits-demo')"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 
 from analysis.conflict import NOISE_NULL
 from analysis.convergence import paired_difference, speed_up, steps_to_baseline
-from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS, curves_frame, runs_frame
+from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS
 from analysis.methods import method_name, ordered, reference_method
 from analysis.uncertainty import FEW_SEEDS, seed_warning
 from lightning_modules.tracking.records import RunManifest
@@ -21,8 +21,12 @@ _FREE_FIELDS = {"method", "seed", "routing"}
 """Manifest entries in which runs of one comparison may differ: what is compared."""
 
 
-def summary_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
+def summary_frame(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """One row per method, the reference (the baseline if there is one) first.
+
+    Args:
+        table: `frames.runs_frame` of the runs.
+        curves: `frames.curves_frame` of them.
 
     Returns:
         Index method; columns
@@ -36,8 +40,6 @@ def summary_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
         - difference, difference_low, difference_high (final loss minus the reference's, paired by seed, with its
           95 % t-interval; NaN for the reference itself).
     """
-    table = runs_frame(runs)
-    curves = curves_frame(runs)
     reference = reference_method(table["method"])
     reached = steps_to_baseline(curves, VAL_LOSS, reference)
     rows = {}
@@ -78,38 +80,40 @@ def _arrival_text(reached: pd.DataFrame) -> str:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """The table of `summary_frame` as text for people, with its headings: one row per method."""
+    """The table of `summary_frame` as text for people: a column per method, a row per quantity, headings first."""
     base = method_name(str(summary.index[0]))
-    rows = []
+    columns = {"": list(_readable_column(summary.iloc[0], base))}
     for method, row in summary.iterrows():
-        rate = f"{row['conflict_rate']:.3f}"
-        if np.isfinite(row["conflict_rate_error"]):
-            rate += f" ± {row['conflict_rate_error']:.3f}"
-        difference = "–"
-        if np.isfinite(row["difference"]):
-            difference = f"{row['difference']:+.4g}"
-            if np.isfinite(row["difference_low"]):
-                difference += f" [{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
-        rows.append(
-            {
-                "Method": method_name(str(method)),
-                "Seeds": str(row["seeds"]),
-                "Final validation loss": _with_spread(row, "val_loss"),
-                "at low noise": _with_spread(row, "low_noise"),
-                "at high noise": _with_spread(row, "high_noise"),
-                f"Difference to {base} [95 %]": difference,
-                "Conflict rate (noise: 0.5)": rate if np.isfinite(row["conflict_rate"]) else "not measured",
-                f"Steps to {base}'s final loss": str(row["steps_to_baseline"]),
-            }
-        )
-    return pd.DataFrame(rows)
+        columns[method_name(str(method))] = list(_readable_column(row, base).values())
+    return pd.DataFrame(columns)
+
+
+def _readable_column(row: pd.Series, base: str) -> dict[str, str]:
+    difference = "–"
+    if np.isfinite(row["difference"]):
+        difference = f"{row['difference']:+.3g}"
+        if np.isfinite(row["difference_low"]):
+            difference += f" [{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
+    rate = "not measured"
+    if np.isfinite(row["conflict_rate"]):
+        error = row["conflict_rate_error"]
+        rate = f"{row['conflict_rate']:.3f}" + (f"\u00a0±\u00a0{error:.3f}" if np.isfinite(error) else "")
+    return {
+        "Seeds": str(row["seeds"]),
+        "Final validation loss": _with_spread(row, "val_loss"),
+        "  at low noise (first quarter)": _with_spread(row, "low_noise"),
+        "  at high noise (last quarter)": _with_spread(row, "high_noise"),
+        f"Difference to {base} [95 %]": difference,
+        f"Steps to {base}'s final loss": str(row["steps_to_baseline"]),
+        "Conflict rate (noise gives 0.5)": rate,
+    }
 
 
 def _with_spread(row: pd.Series, name: str) -> str:
     if not np.isfinite(row[name]):
         return "diverged"
     spread = row[f"{name}_sd"]
-    return f"{row[name]:.4g} ± {spread:.2g}" if np.isfinite(spread) else f"{row[name]:.4g}"
+    return f"{row[name]:.4g}\u00a0±\u00a0{spread:.2g}" if np.isfinite(spread) else f"{row[name]:.4g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +129,21 @@ class Verdict:
     warnings: list[str]
 
 
-def verdict(runs: Sequence[xr.Dataset]) -> Verdict:
-    """States for every method whether it ended lower, equal or higher than the reference, and whether it was faster."""
-    summary = summary_frame(runs)
-    curves = curves_frame(runs)
+def verdict(runs: Sequence[xr.Dataset], summary: pd.DataFrame, curves: pd.DataFrame) -> Verdict:
+    """States for every method whether it ended lower, equal or higher than the reference, and whether it was faster.
+
+    Args:
+        runs: What was compared.
+        summary: `summary_frame` of it.
+        curves: `frames.curves_frame` of it.
+    """
     reference = str(summary.index[0])
-    findings = []
     reached = steps_to_baseline(curves, VAL_LOSS, reference)
-    for method in summary.index[1:]:
-        findings.append(_loss_sentence(curves, method, reference))
-        findings.append(_parts_sentence(curves, method, reference))
-        findings.append(_speed_sentence(reached, method, reference))
+    # DTR before its control: the last method is the one that the comparison is about.
+    others = [str(method) for method in reversed(summary.index[1:])]
+    findings = [_loss_sentence(curves, method, reference) for method in others]
+    findings += [_speed_sentence(reached, method, reference) for method in others]
+    findings += [_parts_sentence(curves, method, reference) for method in others]
     findings = [sentence for sentence in findings if sentence] + _conflict_sentences(summary)
     if len(summary) == 1:
         findings.insert(0, f"Only {method_name(reference)} was run: there is nothing to compare it with.")
@@ -155,12 +163,12 @@ def _loss_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
         )
     level = curves[(curves["metric"] == VAL_LOSS) & (curves["method"] == reference)].sort_values("step")
     relative = interval.estimate / level.groupby("run")["value"].last().mean()
-    amount = f"{abs(interval.estimate):.4g} ({abs(relative):.1%})"
+    amount = f"{abs(interval.estimate):.3g} ({abs(relative):.1%})"
     direction = "lower" if interval.estimate < 0 else "higher"
-    listed = ", ".join(f"{value:+.4g}" for value in difference)
+    listed = ", ".join(f"{value:+.3g}" for value in difference)
     if interval.count == 1:
         return f"{name} ends {amount} {direction} than {base} in the one seed they share; one pair is no evidence."
-    span = f"95 % paired interval [{interval.low:+.4g}, {interval.high:+.4g}], {interval.count} seeds: {listed}"
+    span = f"95 % paired interval [{interval.low:+.3g}, {interval.high:+.3g}], {interval.count} seeds: {listed}"
     if interval.excludes_zero:
         return f"{name} ends {direction} than {base}, by {amount} in final validation loss ({span})."
     return (
@@ -176,7 +184,7 @@ def _parts_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
         if interval.count < 2 or not np.isfinite(interval.estimate):
             return ""
         resolved = "" if interval.excludes_zero else ", not resolved"
-        parts.append(f"{interval.estimate:+.4g} at {words} [{interval.low:+.4g}, {interval.high:+.4g}]{resolved}")
+        parts.append(f"{interval.estimate:+.3g} at {words} [{interval.low:+.3g}, {interval.high:+.3g}]{resolved}")
     return f"{method_name(method)} minus {method_name(reference)} by noise level: {'; '.join(parts)}."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,6 @@ REPORT_FILE = "report.html"
 TABLES_DIR = "tables"
 FIGURES_DIR = "figures"
 _ALL = "all"
-_PNG_DPI = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +90,7 @@ def compare(
         UserInputError: If the runs cannot be loaded or compared.
     """
     from analysis.figures import report_figures
-    from analysis.frames import runs_frame
+    from analysis.frames import curves_frame, interval_losses, runs_frame
     from analysis.report import render_report
     from analysis.runs import locate_store
     from analysis.summary import summary_frame, verdict
@@ -102,12 +101,20 @@ def compare(
     runs, left_out = _load(uri, experiment, comparison, run_ids, include_unfinished)
     name = _comparison_id(runs)
     folder = Path(out) if out is not None else Path("runs") / "comparisons" / name
-    summary, said = summary_frame(runs), verdict(runs)
+    table, curves = runs_frame(runs), curves_frame(runs)
+    summary = summary_frame(table, curves)
+    said = verdict(runs, summary, curves)
     said.warnings.extend(left_out)
-    figures = report_figures(runs)
+    figures = report_figures(runs, curves)
     title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
-    page = render_report(runs, summary, said, runs_frame(runs), figures, title=title)
-    _write(folder, runs, summary, figures, page)
+    page = render_report(runs, summary, said, table, figures, title=title)
+    tables = {
+        "summary": summary.reset_index(),
+        "runs": table,
+        "curves": curves,
+        "interval_losses": interval_losses(runs),
+    }
+    _write(folder, tables, figures, page)
     parent = _log(uri, runs, name, folder, summary, said) if log else ""
     summary.attrs = {"findings": said.findings, "warnings": said.warnings, "out": str(folder), "run_id": parent}
     return summary
@@ -124,7 +131,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     shown = readable(summary)
     table = Table(title="Comparison", title_justify="left", title_style="bold")
     for column in shown.columns:
-        table.add_column(column, justify="left" if column == "Method" else "right")
+        table.add_column(column, justify="right" if column else "left")
     for row in shown.itertuples(index=False):
         table.add_row(*row)
     console.print(table)
@@ -188,20 +195,13 @@ def _method_names(summary: pd.DataFrame) -> list[str]:
     return [method_name(str(method)) for method in summary.index]
 
 
-def _write(
-    folder: Path, runs: Sequence[xr.Dataset], summary: pd.DataFrame, figures: Sequence[ReportFigure], page: str
-) -> None:
-    from analysis.frames import curves_frame, interval_losses, runs_frame
-    from analysis.report import png_bytes
-
+def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[ReportFigure], page: str) -> None:
     for part in (TABLES_DIR, FIGURES_DIR):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    summary.to_csv(folder / TABLES_DIR / "summary.csv")
-    runs_frame(runs).to_csv(folder / TABLES_DIR / "runs.csv", index=False)
-    curves_frame(runs).to_csv(folder / TABLES_DIR / "curves.csv", index=False)
-    interval_losses(runs).to_csv(folder / TABLES_DIR / "interval_losses.csv", index=False)
+    for name, table in tables.items():
+        table.to_csv(folder / TABLES_DIR / f"{name}.csv", index=False)
     for figure in figures:
-        (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(png_bytes(figure.figure, _PNG_DPI))
+        (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(figure.png)
     (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
 

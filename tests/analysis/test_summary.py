@@ -3,8 +3,18 @@ import json
 import numpy as np
 import pytest
 
-from analysis.summary import comparability, summary_frame, verdict
+from analysis import summary as summary_module
+from analysis.frames import curves_frame, runs_frame
+from analysis.summary import comparability, readable
 from tests.analysis import synthetic
+
+
+def summary_frame(runs):
+    return summary_module.summary_frame(runs_frame(runs), curves_frame(runs))
+
+
+def verdict(runs):
+    return summary_module.verdict(runs, summary_frame(runs), curves_frame(runs))
 
 
 def changed(run, **fields):
@@ -91,3 +101,15 @@ def test_comparability_names_what_differs(runs):
     assert "baseline-0 (KILLED)" in comparability([killed])[0]
     short = runs[0].isel(val_step=slice(3))
     assert "different steps (300 to 1,000)" in comparability([short, runs[1]])[0]
+
+
+def test_readable_hides_nothing(runs):
+    table = readable(summary_frame(runs)).set_index("")
+    assert list(table.columns) == ["Baseline", "Random routing", "DTR"]
+    assert table.loc["Steps to Baseline's final loss", "Random routing"] == "not reached"
+    assert "±" in table.loc["Final validation loss", "DTR"]
+    assert table.loc["Difference to Baseline [95 %]", "DTR"].startswith("-0.0")
+    broken = [scaled(run, np.nan) if run.attrs["name"] == "dtr-1" else run for run in runs]
+    assert readable(summary_frame(broken)).set_index("").loc["Final validation loss", "DTR"] == "diverged"
+    one = readable(summary_frame(runs[:1])).set_index("")
+    assert "±" not in one.loc["Final validation loss", "Baseline"]

@@ -1,0 +1,75 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from analysis.figures import report_figures
+from analysis.frames import curves_frame, runs_frame
+from analysis.report import render_report
+from analysis.summary import Verdict, summary_frame, verdict
+
+VOID = {"meta", "img", "br"}
+
+
+def rendered(runs, said=None):
+    curves, table = curves_frame(runs), runs_frame(runs)
+    summary = summary_frame(table, curves)
+    said = said or verdict(runs, summary, curves)
+    figures = report_figures(runs, curves)
+    return render_report(runs, summary, said, table, figures, title="A vs. <B>"), figures
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    return rendered(runs)
+
+
+class Balance(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_and_needs_nothing_from_outside(page):
+    html, figures = page
+    parser = Balance()
+    parser.feed(html)
+    assert parser.open == []
+    sources = re.findall(r"""(?:src|href)=["']?([^"'\s>]{0,30})""", html)
+    assert len(sources) == len(figures) == 7
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    without_images = re.sub(r"base64,[^\"]*", "", html)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", without_images)
+    assert len(html) < 5e6
+
+
+def test_page_says_what_was_found(page):
+    html, figures = page
+    assert "A vs. &lt;B&gt;" in html
+    assert "DTR ends lower than Baseline" in html
+    assert "9 runs on synthetic: Baseline (seeds 0, 1, 2)" in html
+    assert "Before you believe it" not in html
+    for figure in figures:
+        assert figure.title in html
+    assert "noise gives 0.5" in html
+    assert "baseline-2" in html
+
+
+def test_warnings_and_one_method(runs):
+    html, figures = rendered(runs[:1], Verdict(["nothing to say"], ["only <one> run"]))
+    assert "only &lt;one&gt; run" in html
+    assert "Before you believe it" in html
+    assert len(figures) == 6  # no routed run, hence no mask overlap
+
+
+def test_runs_without_probes_have_fewer_figures(runs):
+    names = ["gramian", "group_count", "group_loss", "activation_mean_square"]
+    _, figures = rendered([run.drop_vars(names) for run in runs])
+    assert [figure.name for figure in figures] == ["validation_loss", "interval_loss"]

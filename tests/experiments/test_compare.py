@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from analysis.runs import load_runs
+from experiments.__main__ import main
+from experiments.compare import compare, print_summary
+from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import records
+from tests.analysis import synthetic
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with a finished comparison, and a newer one with a killed run."""
+    folder = tmp_path_factory.mktemp("compare")
+    uri = synthetic.make_store(folder, seeds=2, methods=("baseline", "dtr"))
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(synthetic.EXPERIMENT).experiment_id
+    for method in ("baseline", "dtr"):
+        synthetic.add_run(client, experiment, method, 0, comparison="c-two")
+    synthetic.add_run(client, experiment, "dtr", 1, comparison="c-two", status="KILLED")
+    return uri
+
+
+def artifacts(client, run_id, path=None):
+    return {Path(item.path).name for item in client.list_artifacts(run_id, path)}
+
+
+def test_compare_writes_and_logs(store, tmp_path):
+    summary = compare(store, experiment=synthetic.EXPERIMENT, comparison="c-one", out=tmp_path)
+    assert list(summary.index) == ["baseline", "dtr"]
+    assert summary.attrs["out"] == str(tmp_path)
+    table = pd.read_csv(tmp_path / "tables" / "summary.csv", index_col="method")
+    assert table.loc["dtr", "val_loss"] == pytest.approx(summary.loc["dtr", "val_loss"])
+    curves = pd.read_csv(tmp_path / "tables" / "curves.csv")
+    assert list(curves.columns) == ["run", "method", "seed", "step", "metric", "value"]
+    figures = {path.name for path in (tmp_path / "figures").glob("*.png")}
+    assert "conflict_matrix.png" in figures
+    client = MlflowClient(tracking_uri=store)
+    parent = client.get_run(summary.attrs["run_id"])
+    assert parent.data.tags[records.TAG_KIND] == "comparison"
+    assert parent.data.tags[records.TAG_COMPARISON] == "c-one"
+    assert parent.info.status == "FINISHED"
+    assert "DTR ends lower" in parent.data.tags["mlflow.note.content"]
+    assert artifacts(client, parent.info.run_id) == {"report.html", "tables", "figures"}
+    assert artifacts(client, parent.info.run_id, "figures") == figures
+
+
+def test_comparing_again_reuses_the_parent_and_does_not_compare_it(store, tmp_path):
+    first = compare(store, experiment=synthetic.EXPERIMENT, comparison="c-one", out=tmp_path)
+    again = compare(store, experiment=synthetic.EXPERIMENT, comparison="c-one", out=tmp_path)
+    assert first.attrs["run_id"] == again.attrs["run_id"]
+    assert len(load_runs(store, experiment=synthetic.EXPERIMENT, comparison="c-one")) == 4
+
+
+def test_a_running_parent_is_left_running(store, tmp_path):
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.get_experiment_by_name(synthetic.EXPERIMENT).experiment_id
+    tags = {records.TAG_KIND: "comparison", records.TAG_COMPARISON: "c-two"}
+    parent = client.create_run(experiment, tags=tags).info.run_id
+    summary = compare(store, experiment=synthetic.EXPERIMENT, out=tmp_path)
+    assert summary.attrs["run_id"] == parent
+    assert client.get_run(parent).info.status == "RUNNING"
+    assert summary.loc["dtr", "seeds"] == 1  # the latest comparison, without its killed run
+    assert any("dtr-1 (KILLED)" in text for text in summary.attrs["warnings"])
+    assert any("One seed" in text for text in summary.attrs["warnings"])
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_selected_runs_get_a_parent_of_their_own(store, tmp_path):
+    runs = load_runs(store, experiment=synthetic.EXPERIMENT)
+    ids = [run.attrs["run_id"] for run in runs if run.attrs["method"] == "dtr"]
+    summary = compare(store, run_ids=ids, out=tmp_path)
+    parent = MlflowClient(tracking_uri=store).get_run(summary.attrs["run_id"])
+    assert parent.data.tags[records.TAG_COMPARISON].startswith("selection-")
+    assert "nothing to compare" in summary.attrs["findings"][0]
+
+
+def test_command_line(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", "--experiment", synthetic.EXPERIMENT, "--tracking-uri", store]
+    assert main([*arguments, "--comparison", "c-one", "--no-log"]) == 0
+    out = capsys.readouterr().out
+    assert "not reached" not in out
+    assert "Final validation loss" in out
+    assert "DTR ends lower than Baseline" in out
+    assert Path("runs/comparisons/c-one/report.html").is_file()
+    assert main([*arguments, "--comparison", "c-nine"]) == 2
+    assert "'c-two', 'c-one'" in capsys.readouterr().err
+    assert main(["compare", "--experiment", "x", "--tracking-uri", f"sqlite:///{tmp_path}/none.db"]) == 2
+
+
+def test_summary_fits_a_terminal(store, tmp_path):
+    summary = compare(store, experiment=synthetic.EXPERIMENT, comparison="all", out=tmp_path, log=False)
+    assert summary.attrs["run_id"] == ""
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(summary, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert f"Report: {tmp_path / 'report.html'}" in text
+
+
+def test_runs_that_cannot_be_compared(store, tmp_path):
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.create_experiment("odd", artifact_location=str(tmp_path / "odd"))
+    run = client.get_run(synthetic.add_run(client, experiment, "baseline", 0))
+    path = Path(run.info.artifact_uri) / records.MANIFEST_PATH
+    manifest = json.loads(path.read_text())
+    other = client.get_run(synthetic.add_run(client, experiment, "dtr", 0))
+    manifest["interval_bounds"] = [0, 10, *manifest["interval_bounds"][2:]]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserInputError, match="different timestep intervals"):
+        compare(store, experiment="odd", out=tmp_path)
+    for shard in (Path(other.info.artifact_uri) / "telemetry" / records.TIMESTEP_LOSS).iterdir():
+        shard.unlink()
+    with pytest.raises(UserInputError, match="no validation losses in dtr-0"):
+        compare(store, experiment="odd", out=tmp_path)

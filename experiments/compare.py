@@ -15,7 +15,6 @@ from lightning_modules.tracking import records
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
-    from mlflow import MlflowClient
     from rich.console import Console
 
     from analysis.figures import ReportFigure
@@ -70,8 +69,8 @@ def compare(
     """Compares training runs, writes what it finds, and logs it to MLflow.
 
     Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv`` and ``figures/*.png``.
-    Logged to the parent run of the comparison (tags ``dtr.kind`` = ``comparison`` and ``dtr.comparison``), which is
-    created if there is none; runs from several comparisons get a parent of their own.
+    Logged to the parent run of the comparison (see `create_comparison`), which is finished by it; runs from several
+    comparisons get a parent of their own.
 
     Args:
         tracking_uri: See `analysis.runs.locate_store`.
@@ -205,34 +204,44 @@ def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[R
     (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
-def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary: pd.DataFrame, said: Verdict) -> str:
-    """Logs the files and the verdict to the parent run of the comparison; returns its id."""
+def create_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> str:
+    """The parent run that stands for a comparison and will hold its report; created if there is none yet.
 
+    Create it before training to nest the runs below it (``tracking.parent_run_id``). `compare` finishes it.
+
+    Args:
+        tracking_uri: The MLflow store; a new SQLite store is set up.
+        experiment: Name of the experiment, created if need be.
+        comparison: Id of the comparison, the ``dtr.comparison`` tag of its runs.
+
+    Returns:
+        The MLflow run id.
+    """
+    from lightning_modules.tracking.store import ensure_experiment, mlflow_client
+
+    client = mlflow_client(tracking_uri)
+    experiment_id = ensure_experiment(client, tracking_uri, experiment)
+    # The id is compared here, not in the filter: it may hold quotes.
+    parents = client.search_runs([experiment_id], filter_string=f"tags.`{records.TAG_KIND}` = 'comparison'")
+    for parent in parents:
+        if parent.data.tags.get(records.TAG_COMPARISON) == comparison:
+            return parent.info.run_id
+    tags = {records.TAG_KIND: "comparison", records.TAG_COMPARISON: comparison}
+    return client.create_run(experiment_id, run_name=f"comparison {comparison}", tags=tags).info.run_id
+
+
+def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary: pd.DataFrame, said: Verdict) -> str:
+    """Logs the files and the verdict to the parent run of the comparison, which ends it; returns its id."""
     from lightning_modules.tracking.store import mlflow_client
 
-    client: MlflowClient = mlflow_client(uri)
-    experiment_id = client.get_run(runs[0].attrs["run_id"]).info.experiment_id
-    parent, created = _parent_run(client, experiment_id, name)
+    parent = create_comparison(uri, experiment=runs[0].attrs["experiment"], comparison=name)
+    client = mlflow_client(uri)
     client.log_artifact(parent, str(folder / REPORT_FILE))
     client.log_artifacts(parent, str(folder / TABLES_DIR), TABLES_DIR)
     client.log_artifacts(parent, str(folder / FIGURES_DIR), FIGURES_DIR)
     client.set_tag(parent, "mlflow.note.content", _note(runs, summary, said))
-    if created:
-        client.set_terminated(parent)
+    client.set_terminated(parent)
     return parent
-
-
-def _parent_run(client: MlflowClient, experiment_id: str, name: str) -> tuple[str, bool]:
-    """Id of the run that stands for the comparison, and whether it had to be created."""
-    found = client.search_runs(
-        [experiment_id],
-        filter_string=f"tags.`{records.TAG_KIND}` = 'comparison' AND tags.`{records.TAG_COMPARISON}` = '{name}'",
-        max_results=1,
-    )
-    if found:
-        return found[0].info.run_id, False
-    tags = {records.TAG_KIND: "comparison", records.TAG_COMPARISON: name}
-    return client.create_run(experiment_id, run_name=f"comparison {name}", tags=tags).info.run_id, True
 
 
 def _note(runs: Sequence[xr.Dataset], summary: pd.DataFrame, said: Verdict) -> str:

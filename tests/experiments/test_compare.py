@@ -8,7 +8,7 @@ from rich.console import Console
 
 from analysis.runs import load_runs
 from experiments.__main__ import main
-from experiments.compare import compare, print_summary
+from experiments.compare import compare, create_comparison, print_summary
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from tests.analysis import synthetic
@@ -58,17 +58,25 @@ def test_comparing_again_reuses_the_parent_and_does_not_compare_it(store, tmp_pa
     assert len(load_runs(store, experiment=synthetic.EXPERIMENT, comparison="c-one")) == 4
 
 
-def test_a_running_parent_is_left_running(store, tmp_path):
+def test_a_parent_made_before_training_is_filled_and_finished(store, tmp_path):
+    """The latest comparison is compared, without its killed run, which the report mentions."""
+    parent = create_comparison(store, experiment=synthetic.EXPERIMENT, comparison="c-two")
+    assert parent == create_comparison(store, experiment=synthetic.EXPERIMENT, comparison="c-two")
+    assert parent != create_comparison(store, experiment=synthetic.EXPERIMENT, comparison="it's new")
     client = MlflowClient(tracking_uri=store)
-    experiment = client.get_experiment_by_name(synthetic.EXPERIMENT).experiment_id
-    tags = {records.TAG_KIND: "comparison", records.TAG_COMPARISON: "c-two"}
-    parent = client.create_run(experiment, tags=tags).info.run_id
+    assert client.get_run(parent).info.status == "RUNNING"
     summary = compare(store, experiment=synthetic.EXPERIMENT, out=tmp_path)
     assert summary.attrs["run_id"] == parent
-    assert client.get_run(parent).info.status == "RUNNING"
-    assert summary.loc["dtr", "seeds"] == 1  # the latest comparison, without its killed run
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert summary.loc["dtr", "seeds"] == 1
     assert any("dtr-1 (KILLED)" in text for text in summary.attrs["warnings"])
     assert any("One seed" in text for text in summary.attrs["warnings"])
+
+
+def test_create_comparison_sets_up_a_new_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    parent = create_comparison(uri, experiment="new", comparison="first")
+    assert MlflowClient(tracking_uri=uri).get_run(parent).data.tags[records.TAG_COMPARISON] == "first"
 
 
 @pytest.mark.filterwarnings("ignore:left out")

@@ -1,4 +1,4 @@
-"""A fresh SQLite store per test, and means to read a run back without the code under test."""
+"""A fresh SQLite store per test; the threads hurry."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-import io
 import shutil
-from collections import Counter
-from pathlib import Path
 
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from lightning_modules.tracking import delivery, outbox, records
+from lightning_modules.tracking import delivery, outbox
+from lightning_modules.tracking.writer import RunWriter
+
+from .support import Unreliable
 
 
 @pytest.fixture(scope="session")
@@ -55,37 +53,20 @@ def hasty(monkeypatch):
     monkeypatch.setattr(delivery, "_LAST_PAUSE_SECONDS", 0.05)
 
 
-def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
-    """All points of a metric as (step, value), in order of steps; twice-logged ones stand twice."""
-    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+@pytest.fixture
+def unreliable(client):
+    return Unreliable(client)
 
 
-def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> dict[str, bytes]:
-    """All files of a run by path."""
-    found = {}
-    for entry in client.list_artifacts(run_id, folder):
-        if entry.is_dir:
-            found.update(artifacts(client, run_id, entry.path))
-        else:
-            found[entry.path] = Path(client.download_artifacts(run_id, entry.path)).read_bytes()
-    return found
+@pytest.fixture
+def make_writer(client, run_id, store, tmp_path, hasty):
+    opened = []
 
+    def make(client=client, **options):
+        writer = RunWriter(client, run_id, tmp_path / "runs", store, **options)
+        opened.append(writer)
+        return writer
 
-def images(client: MlflowClient, run_id: str) -> Counter[tuple[str, int, str]]:
-    """How often each (key, step, "png" or "webp") lies in images/."""
-    names = [Path(path).name for path in artifacts(client, run_id, "images")]
-    return Counter((name.split("+")[0], int(name.split("+")[2]), name.rpartition(".")[2]) for name in names)
-
-
-def rows(client: MlflowClient, run_id: str, table: str) -> pd.DataFrame:
-    """A table as `records.META_RESUMED_FROM` says it is to be read."""
-    shards = []
-    for content in artifacts(client, run_id, f"{records.TELEMETRY_DIR}/{table}").values():
-        shard = pq.read_table(io.BytesIO(content))
-        meta = shard.schema.metadata
-        shards.append((int(meta[records.META_ATTEMPT]), int(meta[records.META_RESUMED_FROM]), shard.to_pandas()))
-    kept = []
-    for attempt, _, frame in shards:
-        limits = [resumed for later, resumed, _ in shards if later > attempt]
-        kept.append(frame[frame["step"] <= min(limits)] if limits else frame)
-    return pd.concat(kept, ignore_index=True).sort_values("step", ignore_index=True)
+    yield make
+    for writer in opened:
+        writer.close(timeout=0.0)

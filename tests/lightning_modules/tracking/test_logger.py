@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.callback import RunTracking, tracking_state, writer_of
 from lightning_modules.tracking.logger import TrackingLogger
 
-from .conftest import artifacts, history
+from .support import artifacts, history
 from .training import Probe, Toy, data, trainer
 
 
@@ -214,6 +215,18 @@ def test_validating_after_training_continues_the_run(fit, client, logger):
     assert [value for _, value in history(client, logger.run_id, "loss/val")] == [2.0]
     assert client.get_run(logger.run_id).info.status == "FINISHED"
     assert len(all_runs(client)) == 1
+
+
+def test_speed_leaves_validation_out(client, logger):
+    class Slow(Toy):
+        def validation_step(self, batch, batch_idx):
+            time.sleep(0.1)
+
+    made = trainer(logger, Path(logger.save_dir), 6, [RunTracking(every_n_steps=2)], val_check_interval=3)
+    made.fit(Slow(), data(), data())  # a second per validation, after steps 3 and 6
+    speeds = history(client, logger.run_id, "speed/steps_per_second")
+    assert [step for step, _ in speeds] == [2, 4, 6]
+    assert min(speed for _, speed in speeds) > 5
 
 
 def test_copies_share_the_run_and_pickles_leave_the_threads_behind(logger):

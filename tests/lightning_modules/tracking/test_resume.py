@@ -14,8 +14,7 @@ from lightning_modules.tracking.logger import TrackingLogger
 from lightning_modules.tracking.sync import sync
 from lightning_modules.tracking.writer import RunWriter
 
-from .conftest import artifacts, history, images, rows
-from .test_writer import Unreliable, losses, picture
+from .support import Unreliable, artifacts, history, images, losses, picture, rows
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -17,8 +17,7 @@ from lightning_modules.tracking import records
 from lightning_modules.tracking.logger import TrackingLogger
 from lightning_modules.tracking.sync import sync
 
-from .conftest import artifacts, history, images, rows
-from .test_writer import losses, picture
+from .support import artifacts, history, images, losses, picture, rows
 
 
 @pytest.fixture

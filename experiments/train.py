@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.checkpoint import read_checkpoint
+from lightning_modules.checkpoint import StepCheckpoint, read_checkpoint
 from lightning_modules.data.digits import DigitsData
 from lightning_modules.data.image_folder import ImageFolderData
 from lightning_modules.data.images import ImageData
@@ -58,15 +57,7 @@ class TrainCLI(LightningCLI):
         parser.add_lightning_class_args(ChannelActivationProbe, "channel_activation")
         parser.add_lightning_class_args(SampleGrid, "samples")
         parser.add_lightning_class_args(StepProgress, "progress")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.every_n_train_steps": 500,
-                "checkpoint.filename": "step-{step:08d}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": "link",
-            }
-        )
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_argument("--resume", type=str | None, default=None, help="Checkpoint to go on from.")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -74,8 +65,9 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer our logger, and the callbacks that need the finished parts."""
         config = self.parser.dump(self.config, skip_link_targets=False)
-        extra = [RunRecord(self.datamodule), RunTracking(config=config)]
         trainer_config = self._get(self.config_init, "trainer")
+        tracking = RunTracking(every_n_steps=trainer_config["log_every_n_steps"], config=config)
+        extra = [RunRecord(self.datamodule), tracking]
         callbacks = trainer_config.get("callbacks") or []
         return super().instantiate_trainer(
             logger=self._get(self.config_init, "tracking"), callbacks=[*callbacks, *extra], **kwargs

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in one, and the model it holds."""
+"""Checkpoints: when one is written, what is in it, and the model it holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_modules.backbones.dit import DiTConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
@@ -15,6 +17,31 @@ from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig
 from lightning_modules.routing import MaskConfig
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves every n steps and at the end: ``step-<step>.ckpt`` and ``last.ckpt`` in ``<run_dir>/<run_id>/checkpoints``.
+
+    Args:
+        every_n_steps: Steps between two checkpoints.
+        keep_all: Keep every checkpoint instead of the latest one.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep_all: bool = False) -> None:
+        if every_n_steps < 1:
+            raise UserInputError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        super().__init__(
+            filename="step-{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_steps,
+            save_top_k=-1 if keep_all else 1,
+            save_last=True,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the final weights, unless the schedule has just done so."""
+        if self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
+            trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

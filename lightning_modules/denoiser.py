@@ -181,6 +181,11 @@ class DenoiserModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.ema.update_parameters(self.backbone)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Asks to stop at the last step: Lightning then validates once more, whatever the validation interval."""
+        if self.trainer.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True
+
     def on_validation_epoch_start(self) -> None:
         """Clears the moments: rows count, sum and sum of squares of mse, then of vb, per timestep."""
         self.validation_moments = torch.zeros(

@@ -27,8 +27,7 @@ class ChannelActivationProbe(pl.Callback):
     block's residual branches read (``input``: m * z, zero on masked channels) and what they add (``update``).
 
     Args:
-        every_n_steps: Steps between two measurements; the first is after this many steps. 0 turns the probe
-            off.
+        every_n_steps: Measure in every n-th step; 0 turns the probe off.
         threshold: An entry is active if its magnitude exceeds this share of the root mean square over the block's
             whole input (or update).
     """
@@ -80,8 +79,8 @@ class ChannelActivationProbe(pl.Callback):
         self._samples = {}
         writer = writer_of(trainer)
         if writer is not None:
-            # The optimizer has stepped since; the measurement belongs to the step before.
-            step = trainer.global_step - ((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+            stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+            step = trainer.global_step if stepped else trainer.global_step + 1
             arrays = {key: value.cpu().numpy() for key, value in moments.items()}
             writer.log_rows(CHANNEL_ACTIVATION, _rows(arrays, step))
             writer.log_metrics(_summary(arrays), step)

@@ -25,8 +25,7 @@ class GradientConflictProbe(pl.Callback):
     before the optimizer moves.
 
     Args:
-        every_n_steps: Steps between two measurements; the first is after this many steps, since a zero-initialised
-            network has no gradient to speak of. 0 turns the probe off.
+        every_n_steps: Measure in every n-th step; 0 turns the probe off.
         halves: Disjoint groups per task. Two or more make products free of sampling noise, at the same cost.
         max_heatmaps: At most this many heatmaps a run, evenly spaced: a slider with more is no easier to read, and
             an image costs the store more than all other rows of a measurement.
@@ -45,7 +44,7 @@ class GradientConflictProbe(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DenoiserModule, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        """Measures before the step that the schedule names."""
+        """Measures in the steps that the schedule names, before the weights change."""
         if not is_scheduled(trainer, batch_idx, self.every_n_steps):
             return
         gramian = self.measure(trainer, pl_module, pl_module.draw(batch, batch_idx))
@@ -79,7 +78,7 @@ class GradientConflictProbe(pl.Callback):
         writer = writer_of(trainer)
         if writer is None:
             return
-        step = trainer.global_step
+        step = trainer.global_step + 1
         values = gramian.values.float().cpu().numpy()
         layers = len(gramian.layers)
         rows: dict[str, Any] = {

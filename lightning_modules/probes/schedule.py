@@ -6,10 +6,10 @@ import pytorch_lightning as pl
 
 
 def is_scheduled(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> bool:
-    """Whether to measure before the coming step: every n completed steps, never at initialisation, never for n = 0.
+    """Whether the batch that starts now belongs to a step to measure: number n, 2n, 3n, …; never for n = 0.
 
     With gradient accumulation only the first batch of a step counts.
     """
     if every_n_steps == 0 or batch_idx % trainer.accumulate_grad_batches:
         return False
-    return trainer.global_step > 0 and trainer.global_step % every_n_steps == 0
+    return (trainer.global_step + 1) % every_n_steps == 0

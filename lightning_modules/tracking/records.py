@@ -4,7 +4,9 @@ Written once, here, and imported by both sides: the probes that write and `analy
 
 Conventions used by every table:
 
-- ``step`` is the number of optimizer steps completed when the value was measured.
+- ``step`` counts optimizer steps from 1. What is measured while training carries the number of the step it is part of
+  (gradients and activations of step n belong to the weights before that step); a validation, that of the step it
+  follows. So a checkpoint at step n separates what lies before it, ``step <= n``, from what training on measures.
 - A *task* is a timestep interval, numbered from low noise (0) to high noise (K - 1).
 - Gradient probes split each task into ``halves`` disjoint sets of samples, so that cross-half products are free of
   sampling noise. Group ``g = task * halves + half``; there are ``G = K * halves`` groups.

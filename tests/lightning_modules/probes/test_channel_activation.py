@@ -17,7 +17,7 @@ class BlockSpy(pl.Callback):
         self.handles = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
+        if trainer.global_step + 1 == self.step:
             for index, block in enumerate(pl_module.backbone.blocks):
                 self.handles.append(block.register_forward_hook(self.keep(f"blocks.{index}")))
 

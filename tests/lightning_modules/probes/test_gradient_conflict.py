@@ -23,7 +23,7 @@ class GradientSpy(pl.Callback):
             if p.grad is not None:
                 layer = name.rpartition(".")[0]
                 layers[layer] = layers.get(layer, 0.0) + p.grad.double().square().sum().item()
-        self.norms[trainer.global_step] = layers
+        self.norms[trainer.global_step + 1] = layers
 
 
 def test_the_groups_gradients_add_up_to_the_training_steps_own_gradient(make_denoiser, writer, fit):
@@ -66,8 +66,8 @@ def test_scalars_and_heatmap_follow_from_the_gramian(make_denoiser, writer, fit)
 
 def test_heatmaps_are_thinned_out_over_a_long_run(make_denoiser, writer, fit):
     fit(make_denoiser(), GradientConflictProbe(every_n_steps=1, max_heatmaps=3), steps=9)
-    assert [step for step, _, _ in writer.images] == [3, 6]
-    assert len(writer.metrics) == 8
+    assert [step for step, _, _ in writer.images] == [3, 6, 9]
+    assert len(writer.metrics) == 9
 
 
 def test_an_empty_task_has_no_cosine():
@@ -88,7 +88,7 @@ def test_half_counts_weigh_the_halves_of_a_task():
 
 def test_bf16_autocast_agrees_with_float32(make_denoiser, writer, fit, batch):
     for precision in ("32-true", "bf16-mixed"):
-        fit(make_denoiser(), GradientConflictProbe(every_n_steps=1), steps=2, precision=precision)
+        fit(make_denoiser(), GradientConflictProbe(every_n_steps=2), steps=2, precision=precision)
     full, half = (np.sum(columns["gramian"], axis=0) for _, columns in writer.rows)
     assert np.abs(full - half).max() / np.abs(full).max() < 0.05
     assert (full != half).any()

@@ -170,11 +170,15 @@ def _load(
             f"no validation losses in {', '.join(unvalidated)}: compare runs that were validated at least once, with "
             "the `timestep_loss` probe on"
         )
-    intervals = {tuple(run["t_low"].values.tolist()) for run in runs}
-    if len(intervals) > 1:
+    if len({tuple(run["t_low"].values.tolist()) for run in runs}) > 1:
         raise UserInputError(
             "the runs were measured on different timestep intervals, which cannot be compared: choose runs with the "
             "same `intervals` by --runs or --comparison"
+        )
+    if len({run.sizes["half"] for run in runs if "half" in run.sizes}) > 1:
+        raise UserInputError(
+            "the runs split their gradient probes into different numbers of halves (`gradient_conflict.halves`), so "
+            "their probes cannot be pooled: choose runs with the same number by --runs or --comparison"
         )
     return runs, left_out
 

@@ -47,7 +47,8 @@ def plot_interval_change(losses: pd.DataFrame, tasks: xr.Dataset, *, ax: Axes | 
         own = losses[losses["method"] == method]
         at = own["task"] + (index - (len(methods) - 1) / 2) * width
         colour = method_colour(method)
-        ax.bar(at, own["mean"], width=0.9 * width, color=colour, alpha=0.35 / own["seed"].nunique() ** 0.5)
+        mean = own.drop_duplicates("task")
+        ax.bar(at[mean.index], mean["mean"], width=0.9 * width, color=colour, alpha=0.35)
         ax.scatter(at, own["change"], s=14, color=colour, label=method_name(method), zorder=3)
     ax.axhline(0, color="#4d4d4d", linewidth=1)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

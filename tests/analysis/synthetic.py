@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 import pyarrow as pa
@@ -191,7 +193,8 @@ def add_run(
     }
     run = client.create_run(experiment_id, run_name=f"{method}-{seed}", tags=tags)
     if telemetry:
-        write_telemetry(Path(run.info.artifact_uri) / records.TELEMETRY_DIR, method, seed)
+        root = url2pathname(urlparse(run.info.artifact_uri).path)
+        write_telemetry(Path(root) / records.TELEMETRY_DIR, method, seed)
     if status != "RUNNING":
         client.set_terminated(run.info.run_id, status)
     return run.info.run_id

@@ -94,6 +94,10 @@ def test_interval_plots(runs, ax):
     assert row.change == pytest.approx(expected)
     other = plot_interval_change(changes, runs[0], ax=Figure().subplots())
     assert sum(len(dots.get_offsets()) for dots in other.collections) == 2 * 3 * K
+    assert len(other.patches) == 2 * K  # one bar per method and interval
+    heights = [bar.get_height() for bar in other.patches[K:]]
+    expected = changes[changes.method == "dtr"].groupby("task")["change"].mean()
+    assert heights == pytest.approx(expected.tolist())
 
 
 def test_channel_plots(runs, ax):

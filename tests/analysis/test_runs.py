@@ -1,9 +1,12 @@
+import shutil
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 
-from analysis.runs import load_runs, locate_store
+from analysis.runs import _telemetry_folder, load_runs, locate_store
 from lightning_modules.errors import UserInputError
 from tests.analysis import synthetic
 
@@ -104,3 +107,33 @@ def test_store_is_found_upwards(tmp_path, monkeypatch):
     assert locate_store() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert locate_store(None) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_local_artifacts_are_read_in_place_also_with_blanks_in_their_path(tmp_path):
+    folder = tmp_path / "my artifacts"
+    folder.mkdir()
+    uri = synthetic.make_store(tmp_path, seeds=1, methods=("baseline",))
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("blank", artifact_location=folder.as_uri())
+    run = client.get_run(synthetic.add_run(client, experiment, "dtr", 0, telemetry=False))
+    assert run.info.artifact_uri.startswith("file://")
+    with _telemetry_folder(client, run) as found:
+        assert found.parent.parent.parent == folder
+        synthetic.write_telemetry(found, "dtr", 0)
+    assert load_runs(uri, experiment="blank")[0].attrs["method"] == "dtr"
+
+
+def test_remote_artifacts_are_downloaded_and_not_left_behind(tmp_path):
+    class Remote:
+        def list_artifacts(self, run_id):
+            return [SimpleNamespace(path="config.yaml"), SimpleNamespace(path="telemetry")]
+
+        def download_artifacts(self, run_id, path, destination):
+            shutil.copytree(tmp_path / run_id / path, Path(destination) / path)
+
+    synthetic.write_telemetry(tmp_path / "r1" / "telemetry", "dtr", 0)
+    run = SimpleNamespace(info=SimpleNamespace(artifact_uri="mlflow-artifacts:/1/r1/artifacts", run_id="r1"))
+    with _telemetry_folder(Remote(), run) as folder:
+        assert (folder / "manifest.json").is_file()
+        assert tmp_path not in folder.parents
+    assert not folder.exists()

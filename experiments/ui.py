@@ -18,8 +18,9 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
+from experiments.mlflow_view import ORDER_BY, comparison_filter, save_view
 from lightning_modules.errors import UserInputError
-from lightning_modules.tracking.records import TAG_COMPARISON, TAG_KIND, TAG_METHOD
+from lightning_modules.tracking.records import TAG_COMPARISON, TAG_KIND
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,25 +66,24 @@ def run(args: argparse.Namespace) -> int:
     return _serve(uri, port, pages)
 
 
-def comparison_url(base_url: str, experiment_id: str, comparison: str) -> str:
+def comparison_url(base_url: str, experiment_id: str, comparison: str, view: str | None = None) -> str:
     """Link to MLflow's charts of one comparison: its training runs side by side, and the run with its report.
 
-    Found out by driving MLflow 3.17 in a browser, and kept true by ``tests/browser``:
+    Found out by driving MLflow 3.17 in a browser, and kept true by ``tests/browser``: ``workflowType`` switches from
+    the GenAI view to model training, only as part of the query *after* the ``#``; ``compareRunsMode=CHART`` opens the
+    charts, where images have their step slider; the order must not be by time, see `mlflow_view.view_state`.
 
-    - ``workflowType`` switches from the GenAI view to model training, only as part of the query *after* the ``#``.
-    - Sorted by time, the default, runs are nested under their parent, folded, and charts leave them out. Sorted by
-      anything else they are listed flat and all drawn; sorted by method, seeds of one method stand together and the
-      comparison's own run, which has no method, comes last.
-    - ``compareRunsMode=CHART`` opens the charts, where images have their step slider. Columns cannot be chosen by link.
+    Args:
+        base_url: Where MLflow's server is.
+        experiment_id: Id, not name.
+        comparison: The runs' ``dtr.comparison`` tag.
+        view: Key of the view that `mlflow_view.save_view` wrote; it adds what a link alone cannot say.
     """
-    mark = '"' if "'" in comparison else "'"
-    query = {
-        "workflowType": "machine_learning",
-        "searchFilter": f"tags.`{TAG_COMPARISON}` = {mark}{comparison}{mark}",
-        "orderByKey": f"tags.`{TAG_METHOD}`",
-        "orderByAsc": "true",
-        "compareRunsMode": "CHART",
-    }
+    query = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
+    if view is not None:
+        query["viewStateShareKey"] = view  # has filter and order in it; beside them MLflow would not apply the rest
+    else:
+        query |= {"searchFilter": comparison_filter(comparison), "orderByKey": ORDER_BY, "orderByAsc": "true"}
     return f"{_experiment_page(base_url, experiment_id)}/runs?{urlencode(query, quote_via=quote)}"
 
 
@@ -153,14 +153,28 @@ def _pages(client: MlflowClient, experiment_id: str, experiment: str, comparison
         raise UserInputError(
             f"no comparison {comparison!r} in experiment {experiment!r}; there are: {', '.join(known) or 'none'}"
         )
-    pages = {"runs": comparison_url("", experiment_id, comparison)}
-    for run in runs:
-        tags = run.data.tags
-        if tags.get(TAG_COMPARISON) == comparison and tags.get(TAG_KIND) == "comparison":
+    members = [run for run in runs if run.data.tags.get(TAG_COMPARISON) == comparison]
+    training_runs = [run.info.run_id for run in members if run.data.tags.get(TAG_KIND) == "training"]
+    pages = {
+        "runs": comparison_url("", experiment_id, comparison, _view(client, experiment_id, comparison, training_runs))
+    }
+    for run in members:
+        if run.data.tags.get(TAG_KIND) == "comparison":
             if any(file.path == REPORT for file in client.list_artifacts(run.info.run_id)):
                 pages["report"] = artifact_url("", experiment_id, run.info.run_id, REPORT)
             break
     return pages
+
+
+def _view(client: MlflowClient, experiment_id: str, comparison: str, training_runs: list[str]) -> str | None:
+    """Key of the comparison's saved view; None, so a plainer page, where we may only read."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return save_view(client, experiment_id, comparison, training_runs)
+    except MlflowException as error:
+        print(f"no saved view in MLflow, this store does not take one: {error}", file=sys.stderr)
+        return None
 
 
 def _print_links(base_url: str, pages: dict[str, str]) -> None:

@@ -61,6 +61,7 @@ class Outbox:
         self._lock = threading.Lock()  # guards the buffers
         self._flush_lock = threading.Lock()  # keeps items in the order of hand-over
         self._buffers = _Buffers()
+        self._taken: deque[_Buffers] = deque()
         self._rows: dict[str, list[pa.RecordBatch]] = {}
         self._rows_written = time.monotonic()
         self._shards = 0
@@ -132,9 +133,16 @@ class Outbox:
         """
         with self._flush_lock:
             with self._lock:
-                buffers, self._buffers = self._buffers, _Buffers()
-            self._unspooled.extend(self._items(buffers))
-            if rows_due or buffers.row_bytes > _LARGE_ROW_BYTES:
+                large = self._buffers.row_bytes > _LARGE_ROW_BYTES
+                self._taken.append(self._buffers)
+                self._buffers = _Buffers()
+            while self._taken:
+                items = self._items(self._taken[0])  # takes time; if Ctrl-C breaks it off, `stop` does it again
+                taken = self._taken.popleft()
+                self._unspooled.extend(items)
+                for table, batch in taken.rows:
+                    self._rows.setdefault(table, []).append(batch)
+            if rows_due or large:
                 self._unspooled.extend(self._shard_items())
             if last is not None:
                 self._unspooled.append(last)
@@ -172,8 +180,6 @@ class Outbox:
             items.append(SpoolItem("file", self._attempt, {"path": path}, content))
         for image_header, image in buffers.images:
             items.append(SpoolItem("image", self._attempt, image_header, _png(image)))
-        for table, batch in buffers.rows:
-            self._rows.setdefault(table, []).append(batch)
         return items
 
     def _shard_items(self) -> list[SpoolItem]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_modules.tracking import records
 from lightning_modules.tracking.delivery import Delivery
 from lightning_modules.tracking.names import check_artifact_path, check_image_name, check_metric_name, flat_params
 from lightning_modules.tracking.outbox import MetricPoint, Outbox
@@ -187,19 +186,6 @@ class RunWriter:
         if drift:
             self.set_tags({TAG_PARAM_DRIFT: f"attempt {self.attempt}: {', '.join(drift)}"})
 
-    def log_manifest(self, manifest: records.RunManifest) -> None:
-        """Hands over what readers need to interpret the tables, and puts its headlines into tags."""
-        self.log_file(records.MANIFEST_PATH, manifest.to_json())
-        self.set_tags(
-            {
-                records.TAG_METHOD: manifest.method,
-                records.TAG_SEED: str(manifest.seed),
-                records.TAG_DATASET: manifest.dataset,
-                records.TAG_PARAMETERS: str(manifest.parameters),
-                "mlflow.note.content": _in_words(manifest),
-            }
-        )
-
     def commit(self) -> None:
         """Returns once everything handed over so far is on disk, where it survives a crash of the process.
 
@@ -261,13 +247,3 @@ class RunWriter:
 
 def _milliseconds() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _in_words(manifest: records.RunManifest) -> str:
-    names = {"baseline": "Plain", "dtr": "Denoising-Task-Routing", "random": "Randomly routed"}
-    return (
-        f"{names.get(manifest.method, manifest.method)} diffusion model on {manifest.dataset}, seed {manifest.seed}: "
-        f"{manifest.parameters:,} trainable parameters, {len(manifest.interval_bounds) - 1} timestep intervals "
-        f"({manifest.interval_spacing} spacing) of {manifest.num_timesteps} timesteps, target {manifest.target}, "
-        f"loss weight {manifest.loss_weight}, batch size {manifest.batch_size}."
-    )

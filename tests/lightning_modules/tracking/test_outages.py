@@ -9,7 +9,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from lightning_modules.errors import UserInputError
-from lightning_modules.tracking import records
+from lightning_modules.tracking import outbox, records
 from lightning_modules.tracking.sync import sync
 from lightning_modules.tracking.writer import RunWriter
 
@@ -181,3 +181,24 @@ def test_a_full_disk_keeps_measurements_for_later(make_writer, client, run_id, m
     monkeypatch.setattr(writer._spool, "put", put)
     writer.close()
     assert history(client, run_id, "a") == [(1, 1.0), (2, 1.0)]
+
+
+def test_ctrl_c_in_the_middle_of_a_commit_loses_nothing(make_writer, client, run_id, monkeypatch):
+    monkeypatch.setattr(outbox, "_FLUSH_SECONDS", 30.0)  # leaves all to the commit
+    writer = make_writer()
+    encode = outbox._png
+
+    def interrupted(image):
+        monkeypatch.setattr(outbox, "_png", encode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outbox, "_png", interrupted)
+    writer.log_metrics({"a": 1.0}, 1)
+    writer.log_image("x", picture(), 1)
+    writer.log_rows(records.TIMESTEP_LOSS, losses(1))
+    with pytest.raises(KeyboardInterrupt):
+        writer.commit()
+    writer.close("KILLED")
+    assert history(client, run_id, "a") == [(1, 1.0)]
+    assert images(client, run_id) == {("x", 1, "png"): 1, ("x", 1, "webp"): 1}
+    assert len(rows(client, run_id, records.TIMESTEP_LOSS)) == 4

@@ -1,11 +1,13 @@
 """A run that is killed without warning and resumed: nothing up to the checkpoint is lost, nothing stands twice."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_modules.errors import UserInputError
@@ -108,6 +110,20 @@ def test_the_count_of_nonfinite_values_goes_on(attempt, client, run_id):
         writer.log_metrics({"a": float("nan")}, step)
     writer.close()
     assert history(client, run_id, "health/nonfinite_count") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_leftovers_are_published_without_what_is_measured_again(attempt, client, run_id):
+    first = Unreliable(client)
+    first.away = True
+    writer = attempt(first)
+    hand_over(writer, range(1, 11))
+    writer.close("FAILED", timeout=0.1)
+    attempt(attempt=2, resumed_from=7).close()
+    (shard,) = artifacts(client, run_id, "telemetry/timestep_loss").values()
+    assert sorted(set(pq.read_table(io.BytesIO(shard))["step"].to_pylist())) == list(range(1, 8))
+    assert max(step for _, step, _ in images(client, run_id)) == 7
+    assert [step for step, _ in history(client, run_id, "a")] == list(range(1, 8))
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("kind", ["batch", "image", "rows"])

@@ -130,30 +130,3 @@ def test_a_closed_run_can_go_on(make_writer, client, run_id):
     writer.close()
     assert rows(client, run_id, records.TIMESTEP_LOSS)["step"].tolist() == [1] * 4 + [2] * 4
     assert client.get_run(run_id).info.status == "FINISHED"
-
-
-def test_a_manifest_brings_its_tags_and_words(make_writer, client, run_id):
-    manifest = records.RunManifest(
-        method="dtr",
-        seed=3,
-        num_timesteps=1000,
-        interval_bounds=[0, 500, 1000],
-        interval_spacing="uniform",
-        log_snr=[0.0] * 1000,
-        target="epsilon",
-        loss_weight="uniform",
-        batch_size=8,
-        block_channels={"blocks.0": 64},
-        routing={"alpha": 4.0},
-        parameters=12345,
-        dataset="digits",
-    )
-    writer = make_writer()
-    writer.log_manifest(manifest)
-    writer.close()
-    tags = client.get_run(run_id).data.tags
-    assert (tags["dtr.method"], tags["dtr.seed"], tags["dtr.dataset"]) == ("dtr", "3", "digits")
-    assert tags["dtr.parameters"] == "12345"
-    assert "digits, seed 3: 12,345 trainable parameters, 2 timestep intervals" in tags["mlflow.note.content"]
-    content = artifacts(client, run_id)[records.MANIFEST_PATH].decode()
-    assert records.RunManifest.from_json(content) == manifest

@@ -134,9 +134,10 @@ def conflict_figure(runs: Runs) -> ReportFigure:
         "conflict_matrix",
         "Which timesteps help and which fight each other",
         "Cosine between the gradients of the intervals' losses over all parameters, averaged over all probes and "
-        "seeds. Blue pairs help each other, red pairs conflict; a dot marks pairs that differ from zero (false "
-        "discovery rate 5 %). The plain cosine (top) is drawn towards zero by sampling noise; the corrected one "
-        "(bottom) is not, and is hatched where a gradient cannot be told from noise: there, nothing can be said.",
+        "seeds (probes with large gradients, mostly early ones, weigh most). Blue pairs help each other, red pairs "
+        "conflict; a dot marks pairs that differ from zero (false discovery rate 5 %). The plain cosine (top) is "
+        "drawn towards zero by sampling noise; the corrected one (bottom) is not, and is hatched where a gradient "
+        "cannot be told from noise: there, nothing can be said.",
         figure,
     )
 

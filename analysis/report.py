@@ -34,11 +34,11 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { font-weight: 600; border-bottom: 2px solid #888; }
 th:first-child, td:first-child { text-align: left; white-space: pre-wrap; }
-td { overflow-wrap: anywhere; min-width: 3.5rem; }
+td { min-width: 3.5rem; }
 figure { margin: 0 0 1rem; }
 figure img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .92rem; max-width: 52rem; }
-@media (max-width: 600px) { body { padding: .8rem; } figure .wide img { max-width: none; width: 46rem; }
+@media screen and (max-width: 600px) { body { padding: .8rem; } figure .wide img { max-width: none; width: 46rem; }
   figure .wide img.narrow { width: 30rem; } }
 @media print { body { font-size: 11px; max-width: none; padding: 0; } .wide { overflow: visible; }
   figure, tr, .verdict, .warning { break-inside: avoid; } h2 { break-after: avoid; } table { font-size: 8px; } }

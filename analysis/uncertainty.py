@@ -87,7 +87,7 @@ def seed_warning(count: int) -> str | None:
         return "One seed: the difference between methods cannot be told from the difference between seeds."
     if count < _ENOUGH_TO_CLAIM:
         return (
-            f"{count} seeds: the intervals are honest but too wide to carry a claim; "
-            f"run at least {_ENOUGH_TO_CLAIM}, better 5, seeds of each method."
+            f"{count} seeds: an interval from so few rests on the t-distribution alone; take one that excludes zero as "
+            f"a hint, and run at least {_ENOUGH_TO_CLAIM}, better 5, seeds of each method before claiming it."
         )
     return None

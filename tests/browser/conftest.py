@@ -1,23 +1,20 @@
-"""A store worth looking at, ``dtr-lab ui`` on it, and a headless browser."""
+"""The demo's store, ``dtr-lab ui`` on it, and a headless browser."""
 
-import base64
 import dataclasses
-import io
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Metric
-from PIL import Image
+from mlflow.entities import Run
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from experiments.demo import EXPERIMENT
 from experiments.ui import _free_port
+from lightning_modules.tracking.publisher import published_images
 from lightning_modules.tracking.store import ensure_experiment, mlflow_client
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -48,44 +45,33 @@ class DemoStore:
 
 @pytest.fixture(scope="session")
 def demo_store(tmp_path_factory) -> DemoStore:
-    """Two comparisons in one experiment, so that showing the runs of one is a feat."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    """What a short ``dtr-lab demo`` leaves behind, beside an older comparison in the same experiment."""
+    folder = tmp_path_factory.mktemp("demo")
+    uri = f"sqlite:///{folder}/mlflow.db"
     client = mlflow_client(uri)
-    experiment_id = ensure_experiment(client, uri, "digits-demo")
-    _log_comparison(client, experiment_id, "demo-older")
-    training_runs = _log_comparison(client, experiment_id, "demo-newer")
-    return DemoStore(uri, "digits-demo", "demo-newer", "comparison demo-newer", training_runs, [50, 100, 150])
+    experiment_id = ensure_experiment(client, uri, EXPERIMENT)
+    older = {"dtr.comparison": "older", "dtr.kind": "training", "dtr.method": "dtr"}
+    client.set_terminated(client.create_run(experiment_id, tags=older, run_name="dtr-older").info.run_id)
 
+    command = [sys.executable, "-m", "experiments", "demo", "--seeds", "0", "--steps", "110"]
+    command += ["--tracking-uri", uri, "--run-dir", str(folder / "runs")]
+    subprocess.run(command, check=True, timeout=400)
 
-def _log_comparison(client: MlflowClient, experiment_id: str, name: str) -> list[str]:
-    tags = {"dtr.comparison": name, "dtr.kind": "comparison"}
-    parent = client.create_run(experiment_id, tags=tags, run_name=f"comparison {name}").info.run_id
-    client.log_text(parent, _report(name), "report.html")
-    runs = []
-    for number, method in enumerate(("baseline", "random", "dtr")):
-        tags = {"dtr.comparison": name, "dtr.kind": "training", "dtr.method": method, "mlflow.parentRunId": parent}
-        run_id = client.create_run(experiment_id, tags=tags, run_name=f"{method}-of-{name}").info.run_id
-        runs.append(f"{method}-of-{name}")
-        keys = ("loss/train", "loss/val", "conflict/rate")
-        curve = [Metric(key, float(np.exp(-step / 50)) + number, 1, step) for step in range(200) for key in keys]
-        client.log_batch(run_id, metrics=curve)
-        for step in (50, 100, 150):
-            client.log_image(run_id, _heatmap(seed=step + number), key="conflict_cosine", step=step)
-        client.set_terminated(run_id)
-    client.set_terminated(parent)
-    return runs
-
-
-def _heatmap(seed: int) -> np.ndarray:
-    blocks = np.random.default_rng(seed).integers(0, 256, size=(8, 8, 3), dtype=np.uint8)
-    return np.kron(blocks, np.ones((32, 32, 1), dtype=np.uint8))
-
-
-def _report(name: str) -> str:
-    picture = io.BytesIO()
-    Image.fromarray(_heatmap(seed=0)).save(picture, format="png")
-    inline = base64.b64encode(picture.getvalue()).decode()
-    return f"<h1>Comparison {name}</h1><img src='data:image/png;base64,{inline}'>"
+    runs = client.search_runs([experiment_id], filter_string="tags.`dtr.comparison` != 'older'")
+    by_kind: dict[str, list[Run]] = {"training": [], "comparison": []}
+    for run in runs:
+        by_kind[run.data.tags["dtr.kind"]].append(run)
+    assert len(by_kind["training"]) == 3
+    (comparison,) = by_kind["comparison"]
+    images = published_images(client, by_kind["training"][0].info.run_id)
+    return DemoStore(
+        tracking_uri=uri,
+        experiment=EXPERIMENT,
+        comparison=comparison.data.tags["dtr.comparison"],
+        comparison_run=comparison.info.run_name,
+        training_runs=[run.info.run_name for run in by_kind["training"]],
+        heatmap_steps=sorted(step for key, step, _ in images if key == "conflict_cosine"),
+    )
 
 
 @pytest.fixture(scope="session")

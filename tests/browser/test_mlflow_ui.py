@@ -22,10 +22,10 @@ CARD = '[data-testid="experiment-view-compare-runs-card"]'
 SECTION = '[data-testid="experiment-view-compare-runs-section-header"]'
 CHART_SEARCH = '[data-component-id*="runschartsfilterinput"]'
 FULL_SCREEN = '[data-component-id="fullscreen_button_chartcard"]'
-# Pixels, not addresses: an image that failed to load or shows the wrong step must not pass.
+# Pixels, not addresses: an image that failed to load, shows the wrong step or lies off the screen must not pass.
 PIXELS = """
 return Array.from(document.querySelectorAll('[role="dialog"] img')).map(image => {
-  if (!image.complete || !image.naturalWidth) return null;
+  if (!image.complete || !image.naturalWidth || image.getBoundingClientRect().bottom > innerHeight) return null;
   const canvas = Object.assign(document.createElement('canvas'), {width: 32, height: 32});
   canvas.getContext('2d').drawImage(image, 0, 0, 32, 32);
   return canvas.toDataURL();
@@ -66,7 +66,7 @@ def test_the_runs_of_the_comparison_are_listed_and_no_others(browser, links, dem
 
 
 def test_loss_curves_of_all_runs_are_drawn(browser, links, demo_store):
-    card = open_card(browser, links, "loss/val")
+    card = open_card(browser, links, "loss/train")
     assert any(re.match(r"loss\s*\(", section.text) for section in find_all(browser, SECTION))
     browser.execute_script("arguments[0].scrollIntoView()", card)
 
@@ -93,12 +93,9 @@ def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
         found = browser.execute_script(PIXELS)
         return found if len(found) == len(demo_store.training_runs) and all(found) else None
 
-    # The slider starts at step 0 even if the first image came later.
-    if demo_store.heatmap_steps[0] > 0:
-        wait_for(browser, lambda: slider().is_displayed(), "the slider")
-        slider().send_keys(Keys.ARROW_RIGHT)
+    assert len(demo_store.heatmap_steps) > 1
     shown = {}
-    for expected in demo_store.heatmap_steps:
+    for expected in reversed(demo_store.heatmap_steps):  # the saved view begins with the last
         wait_for(browser, lambda expected=expected: step() == expected, f"the slider at step {expected}")
         seen = [picture for others in shown.values() for picture in others]
 
@@ -107,15 +104,26 @@ def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
             return found if found and not set(found) & set(seen) else None
 
         shown[expected] = wait_for(browser, fresh, f"a new picture per run at step {expected}")
-        if expected != demo_store.heatmap_steps[-1]:
-            slider().send_keys(Keys.ARROW_RIGHT)
+        if expected != demo_store.heatmap_steps[0]:
+            slider().send_keys(Keys.ARROW_LEFT)
+
+
+def test_the_table_of_runs_shows_methods_and_results(browser, links, demo_store):
+    browser.get(links["runs"].replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+    wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the runs")
+
+    def headings():
+        return {heading.text for heading in find_all(browser, '[role="columnheader"]')}
+
+    wanted = {"dtr.method", "dtr.seed", "loss/val", "conflict/rate"}
+    wait_for(browser, lambda: headings() >= wanted, f"the columns {sorted(wanted)}")
 
 
 def test_the_report_opens_in_the_artifact_viewer(browser, links, demo_store):
     browser.get(links["report"])
     frame = wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, "iframe"), "the report's frame")
     browser.switch_to.frame(frame)
-    wait_for(browser, lambda: demo_store.comparison in browser.find_element(By.TAG_NAME, "body").text, "its text")
+    wait_for(browser, lambda: demo_store.experiment in browser.find_element(By.TAG_NAME, "h1").text, "its title")
     widths = browser.execute_script("return Array.from(document.images).map(image => image.naturalWidth)")
     assert widths, "the report has no pictures"
     assert all(widths), "a picture of the report did not load"

@@ -6,6 +6,7 @@ import sys
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from experiments import ui
 from experiments.__main__ import main
@@ -89,13 +90,27 @@ def test_pages_of_the_latest_comparison(store):
     for order, name in enumerate(("old", "new")):
         tags = {"dtr.comparison": name, "dtr.kind": "comparison"}
         run_id = client.create_run(experiment_id, start_time=1000 + order, tags=tags).info.run_id
-    assert ui._pages(client, experiment_id, "digits", "latest") == {
-        "runs": ui.comparison_url("", experiment_id, "new")  # no report yet, so no link to it
-    }
+    pages = ui._pages(client, experiment_id, "digits", "latest")
+    assert list(pages) == ["runs"]  # no report yet, so no link to it
+    assert fragment_query(pages["runs"])["viewStateShareKey"][0] in str(client.get_experiment(experiment_id).tags)
     client.log_text(run_id, "<p>report</p>", "report.html")
     pages = ui._pages(client, experiment_id, "digits", "new")
     assert pages["report"] == ui.artifact_url("", experiment_id, run_id, "report.html")
     assert run_id in pages["report"]
+
+
+def test_a_store_that_takes_no_view_gets_the_plain_link(store, monkeypatch, capsys):
+    client = mlflow_client(store)
+    experiment_id = client.get_experiment_by_name("digits").experiment_id
+    client.create_run(experiment_id, tags={"dtr.comparison": "new"})
+
+    def refuse(*args):
+        raise MlflowException("read only")
+
+    monkeypatch.setattr(client, "set_experiment_tag", refuse)
+    pages = ui._pages(client, experiment_id, "digits", "new")
+    assert pages == {"runs": ui.comparison_url("", experiment_id, "new")}
+    assert "read only" in capsys.readouterr().err
 
 
 def test_a_store_behind_a_server_is_only_linked_to(monkeypatch, capsys, store):

@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     print("\nComparing …")
     summary = compare(uri, experiment=EXPERIMENT, comparison=comparison, out=out)
     print_summary(summary)
-    print(f"Figures, tables and the report: {out}{os.sep} (report.html)")
     print(f"\nOpen these runs in MLflow:\n  {ui_command(uri, EXPERIMENT, comparison)}")
     return 0
 

@@ -10,7 +10,7 @@ from lightning_modules.denoiser import BaselineModule, NoisedBatch, add_moments
 from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig
-from tests.lightning_modules.conftest import BACKBONE, DIFFUSION
+from tests.conftest import BACKBONE, DIFFUSION
 
 
 def test_methods_of_one_seed_share_initialisation_timesteps_and_noise(make_denoiser, batch):

@@ -1,4 +1,4 @@
-"""A small denoiser that all tests of the training code share."""
+"""A small denoiser that the tests share."""
 
 from __future__ import annotations
 

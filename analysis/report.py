@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from analysis.figures import ReportFigure
-from analysis.methods import method_name
+from analysis.methods import method_name, ordered
 from analysis.summary import Verdict, readable
 from lightning_modules.tracking.records import RunManifest
 
@@ -98,9 +98,9 @@ def render_report(
 
 def _what_was_compared(runs: Sequence[xr.Dataset]) -> str:
     first = RunManifest.from_json(runs[0].attrs["manifest"])
-    by_method: dict[str, list[int]] = {}
+    by_method: dict[str, list[int]] = {method: [] for method in ordered(run.attrs["method"] for run in runs)}
     for run in runs:
-        by_method.setdefault(run.attrs["method"], []).append(run.attrs["seed"])
+        by_method[run.attrs["method"]].append(run.attrs["seed"])
     methods = "; ".join(
         f"{method_name(method)} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))})"
         for method, seeds in by_method.items()
@@ -145,10 +145,12 @@ def _readable_runs(table: pd.DataFrame) -> pd.DataFrame:
 def _settings(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
     """What each method was trained with, as far as it is in the manifest; values that differ are listed together."""
     left_out = {"method", "seed", "log_snr", "schema_version", "block_channels", "interval_bounds"}
-    by_method: dict[str, dict[str, list[str]]] = {}
+    by_method: dict[str, dict[str, list[str]]] = {
+        method_name(method): {} for method in ordered(run.attrs["method"] for run in runs)
+    }
     for run in runs:
         manifest = dataclasses.asdict(RunManifest.from_json(run.attrs["manifest"]))
-        own = by_method.setdefault(method_name(manifest["method"]), {})
+        own = by_method[method_name(manifest["method"])]
         for name, value in manifest.items():
             if name not in left_out:
                 text = value if isinstance(value, str) else json.dumps(value) if value is not None else "none"

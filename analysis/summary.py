@@ -112,8 +112,10 @@ def _readable_column(row: pd.Series, base: str) -> dict[str, str]:
 def _with_spread(row: pd.Series, name: str) -> str:
     if not np.isfinite(row[name]):
         return "diverged"
-    spread = row[f"{name}_sd"]
-    return f"{row[name]:.4g}\u00a0±\u00a0{spread:.2g}" if np.isfinite(spread) else f"{row[name]:.4g}"
+    # Four significant digits of the mean, and the spread to the same decimal place.
+    decimals = max(0, 3 - int(np.floor(np.log10(abs(row[name]))))) if row[name] else 0
+    text, spread = f"{row[name]:.{decimals}f}", row[f"{name}_sd"]
+    return f"{text}\u00a0±\u00a0{spread:.{decimals}f}" if np.isfinite(spread) else text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,8 @@ def test_readable_hides_nothing(runs):
     table = readable(summary_frame(runs)).set_index("")
     assert list(table.columns) == ["Baseline", "Random routing", "DTR"]
     assert table.loc["Steps to Baseline's final loss", "Random routing"] == "not reached"
-    assert "±" in table.loc["Final validation loss", "DTR"]
+    assert table.loc["Final validation loss", "DTR"] == "0.1680\u00a0±\u00a00.0033"
+    assert table.loc["  at high noise (last quarter)", "DTR"] == "0.06084\u00a0±\u00a00.00119"
     assert table.loc["Difference to Baseline [95 %]", "DTR"].startswith("-0.0")
     broken = [scaled(run, np.nan) if run.attrs["name"] == "dtr-1" else run for run in runs]
     assert readable(summary_frame(broken)).set_index("").loc["Final validation loss", "DTR"] == "diverged"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from lightning_modules.errors import UserInputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightning_modules.denoiser import DenoiserModule
 
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _labels(args: argparse.Namespace, module: DenoiserModule) -> object:
+def _labels(args: argparse.Namespace, module: DenoiserModule) -> Tensor | None:
     """Labels (count,), or None for an unconditional model."""
     import torch
 

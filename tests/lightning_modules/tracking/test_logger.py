@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import outbox
 from lightning_modules.tracking.callback import RunTracking, tracking_state, writer_of
 from lightning_modules.tracking.logger import TrackingLogger
 
@@ -149,6 +150,7 @@ class Last(Callback):
 
 
 def test_measurements_reach_the_disk_before_the_checkpoint(fit, logger, monkeypatch):
+    monkeypatch.setattr(outbox, "_FLUSH_SECONDS", 30.0)  # so that nothing but a commit writes
     seen = []
 
     class Recording(ModelCheckpoint):

@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parent / "digits"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of each method (default: 0 1)")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps per run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps per run (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="checkpoints (default: %(default)s)")
@@ -70,7 +70,7 @@ def _arguments(method: str, seed: int, args: argparse.Namespace, uri: str, compa
         "config": CONFIGS / f"{method}.yaml",
         "seed_everything": seed,
         "trainer.max_steps": args.steps,
-        "trainer.val_check_interval": min(250, args.steps),
+        "trainer.val_check_interval": min(100, args.steps),
         "progress.style": "lines",
         "tracking.tracking_uri": uri,
         "tracking.experiment": EXPERIMENT,

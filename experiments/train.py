@@ -30,6 +30,7 @@ from lightning_modules.run_record import RunRecord
 from lightning_modules.sample_grid import SampleGrid
 from lightning_modules.tracking.callback import RunTracking, tracking_state
 from lightning_modules.tracking.logger import TrackingLogger
+from lightning_modules.tracking.store import redacted
 
 __all__ = ["BaselineModule", "DTRModule", "DigitsData", "ImageFolderData", "main"]  # short class_path names in YAML
 
@@ -65,6 +66,9 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer our logger, and the callbacks that need the finished parts."""
         config = self.parser.dump(self.config, skip_link_targets=False)
+        uri = self.config.tracking.tracking_uri
+        if uri is not None:
+            config = config.replace(uri, redacted(uri))  # it becomes an artifact; a password must not
         trainer_config = self._get(self.config_init, "trainer")
         tracking = RunTracking(every_n_steps=trainer_config["log_every_n_steps"], config=config)
         extra = [RunRecord(self.datamodule), tracking]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 
 from experiments.__main__ import main
 from lightning_modules.checkpoint import load_denoiser
@@ -211,6 +212,29 @@ def test_bad_input_is_refused_in_one_message_and_leaves_no_run(arguments, says, 
 def test_without_data_or_model_the_missing_part_is_named(capfd):
     assert main(["train"]) == 2
     assert "required: data, model" in capfd.readouterr().err
+
+
+def test_a_folder_of_images_trains_in_bf16_with_a_learned_variance(tmp_path):
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for index in range(6):
+            pixels = generator.integers(0, 255, (70, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / label / f"{index}.png")
+    folder = [
+        f"--data.init_args.root={tmp_path / 'pets'}",
+        "--data.init_args.holdout=4",
+        "--data.init_args.num_workers=0",
+    ]
+    config = f"--config={CONFIGS.parent / 'image_folder' / 'dtr.yaml'}"
+    steps = ["--trainer.max_steps=11", "--trainer.val_check_interval=11", "--model.init_args.backbone.num_classes=2"]
+    assert main(["train", config, *SMALL, *folder, *steps]) == 0
+    (run,) = runs()
+    assert run.data.tags[records.TAG_DATASET] == "pets"
+    assert run.data.metrics["loss/val_vb"] > 0
+    rows = tables(run)
+    assert {row["quantity"] for row in rows[records.TIMESTEP_LOSS]} == {"mse", "vb"}
+    assert {row["step"] for row in rows[records.GRADIENT_GRAMIAN]} == {10}
 
 
 def test_the_demo_configs_differ_in_the_method_alone():

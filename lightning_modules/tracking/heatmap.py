@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 Colors = Literal["diverging", "sequential"]
 
-# Blue against orange is told apart with every common colour-vision deficiency, and white is zero.
-_DIVERGING = ((0x0B, 0x3C, 0x8C), (0x6F, 0xA8, 0xDC), (0xFF, 0xFF, 0xFF), (0xF6, 0xA0, 0x5A), (0xA8, 0x32, 0x05))
+# Orange against blue is told apart with every common colour-vision deficiency, and white is zero. As in the figures
+# of `analysis.plots`, blue is agreement and the warm colour conflict.
+_DIVERGING = ((0xA8, 0x32, 0x05), (0xF6, 0xA0, 0x5A), (0xFF, 0xFF, 0xFF), (0x6F, 0xA8, 0xDC), (0x0B, 0x3C, 0x8C))
 # Lightness falls evenly, so that it reads in grey too.
 _SEQUENTIAL = ((0xFF, 0xFA, 0xEB), (0xF9, 0xC2, 0x7B), (0xE0, 0x73, 0x3C), (0x9C, 0x2F, 0x3F), (0x35, 0x0E, 0x38))
 _INK = (0x22, 0x22, 0x22)
@@ -47,7 +48,7 @@ def heatmap_image(
         column_labels: C names of the columns; by default those of the rows.
         vmin: Lower end of the range.
         vmax: Upper end of the range.
-        colors: ``"diverging"`` for signed values (blue below zero, white at zero, orange above, equally strong at
+        colors: ``"diverging"`` for signed values (orange below zero, white at zero, blue above, equally strong at
             equal distance) or ``"sequential"`` for magnitudes (darker is more).
         size: Height and width of the image in pixels, at least 192.
 

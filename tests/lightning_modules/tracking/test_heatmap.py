@@ -13,12 +13,12 @@ def middle(value, **options):
     return image[half - 20 : half + 20, half - 20 : half + 20].astype(int).reshape(-1, 3)
 
 
-def test_zero_is_white_and_signs_are_blue_and_orange():
+def test_zero_is_white_and_signs_are_orange_and_blue():
     assert (middle(0.0) == 255).all()
     red, _, blue = middle(-1.0)[0]
-    assert blue > red + 80
-    red, _, blue = middle(1.0)[0]
     assert red > blue + 80
+    red, _, blue = middle(1.0)[0]
+    assert blue > red + 80
 
 
 def test_zero_stays_white_in_a_lopsided_range():

@@ -41,7 +41,8 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the final weights, unless the schedule has just done so."""
         if self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
-            trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+            path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+            trainer.save_checkpoint(path, weights_only=False)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -162,9 +162,9 @@ class DenoiserModule(pl.LightningModule):
         self._recent_losses.append(loss)
         last_of_step = self._trainer is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if last_of_step and self._logs_next_step():
-            self.log("loss/train", torch.stack(self._recent_losses).mean())
+            self.log("loss/train", torch.stack(self._recent_losses).mean(), sync_dist=True)
             # Lightning would name the step after the batch before this one; the house counts completed steps.
-            self.log("step", float(self.trainer.global_step + 1))
+            self.log("step", float(self.trainer.global_step + 1), sync_dist=True)
             self._recent_losses.clear()
 
     def _logs_next_step(self) -> bool:
@@ -210,8 +210,7 @@ class DenoiserModule(pl.LightningModule):
         metrics = self.interval_means(self.validation_moments[0], "loss/val")
         if self.diffusion.config.variance == "learned_range":
             metrics["loss/val_vb"] = self.interval_means(self.validation_moments[1], "loss/val")["loss/val"]
-        self.log_dict(metrics)
-        self.log("step", float(self.trainer.global_step))
+        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=True)
 
     def interval_means(self, moments: Tensor, name: str) -> dict[str, Tensor]:
         """``name`` for the mean over uniform t and ``name_<interval>`` for each interval, from moments (3, T)."""

@@ -44,7 +44,7 @@ def test_magnitudes_darken_evenly():
 
 
 def test_first_row_is_at_the_top_and_first_column_at_the_left():
-    image = heatmap_image(np.array([[1.0, 0.0], [0.0, -1.0]]), ["a", "b"], title="t", column_labels=["c", "d"]).astype(
+    image = heatmap_image(np.array([[-1.0, 0.0], [0.0, 1.0]]), ["a", "b"], title="t", column_labels=["c", "d"]).astype(
         int
     )
     warmth = image[..., 0] - image[..., 2]

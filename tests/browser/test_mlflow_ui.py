@@ -13,7 +13,6 @@ from tests.browser.conftest import CHROMEDRIVER, CHROMIUM
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium and chromedriver here: see .ci/run"),
 ]
 

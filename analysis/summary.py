@@ -173,6 +173,11 @@ def _loss_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
     span = f"95 % paired interval [{interval.low:+.3g}, {interval.high:+.3g}], {interval.count} seeds: {listed}"
     if interval.excludes_zero:
         return f"{name} ends {direction} than {base}, by {amount} in final validation loss ({span})."
+    if (np.sign(difference) == np.sign(interval.estimate)).all():
+        return (
+            f"{name} ends {direction} than {base} in each of {interval.count} seeds, by {amount} in the mean final "
+            f"validation loss, but these are too few to exclude that they are level ({span})."
+        )
     return (
         f"{name} and {base} end level as far as these seeds can tell: the mean difference in final validation loss is "
         f"{amount} {direction}, but its interval includes zero ({span})."

@@ -57,13 +57,25 @@ def test_verdict_says_who_wins_and_who_does_not(runs):
     assert said.warnings == []
 
 
+def rivals(baseline, factors):
+    """DTR runs whose losses are the baseline's times a factor each."""
+    scaled_runs = [
+        scaled(run, factor).assign_attrs(method="dtr", run_id=f"d{factor}")
+        for run, factor in zip(baseline, factors, strict=True)
+    ]
+    return [changed(run, method="dtr") for run in scaled_runs]
+
+
+def test_verdict_where_all_seeds_agree_but_are_too_few(runs):
+    baseline = [run for run in runs if run.attrs["method"] == "baseline"][:2]
+    said = verdict([*baseline, *rivals(baseline, (0.98, 0.9))])
+    assert "DTR ends lower than Baseline in each of 2 seeds" in said.findings[0]
+    assert "too few to exclude that they are level" in said.findings[0]
+
+
 def test_verdict_of_a_draw_with_few_seeds(runs):
     baseline = [run for run in runs if run.attrs["method"] == "baseline"][:2]
-    draw = [
-        scaled(run, factor).assign_attrs(method="dtr", run_id=f"d{factor}")
-        for run, factor in zip(baseline, (0.97, 1.02), strict=True)
-    ]
-    draw = [changed(run, method="dtr") for run in draw]
+    draw = rivals(baseline, (0.97, 1.02))
     said = verdict([*baseline, *draw])
     assert "DTR and Baseline end level as far as these seeds can tell" in said.findings[0]
     assert any("2 seeds" in warning for warning in said.warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +94,7 @@ class StepDataLoader(DataLoader):
         """Nothing to load."""
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData(pl.LightningDataModule, abc.ABC):
     """Base of all data modules; a source implements `load` and sets the attributes below.
 
     Attributes:
@@ -103,7 +104,7 @@ class ImageData(pl.LightningDataModule):
         num_classes: Number of labels.
 
     Args:
-        batch_size: Samples per optimizer step, over all processes.
+        batch_size: Samples per batch, over all processes.
         val_batch_size: Samples per validation batch.
         seed: Seed of the data order. The hold-out does not depend on it.
         num_workers: Loader processes; 0 loads in the training process.
@@ -126,13 +127,13 @@ class ImageData(pl.LightningDataModule):
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
 
+    @abc.abstractmethod
     def load(self) -> tuple[Dataset, Dataset]:
         """The training and the held-out images.
 
         Raises:
             UserInputError: If there is no usable data at the place the user named.
         """
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the data once."""

@@ -79,4 +79,6 @@ def _arguments(method: str, seed: int, args: argparse.Namespace, uri: str, compa
         "tracking.parent_run_id": parent,
         "tracking.run_dir": args.run_dir,
     }
+    if method == "random":
+        settings["model.init_args.routing.seed"] = seed  # else all seeds would share one draw of the masks
     return [f"--{key}={value}" for key, value in settings.items()]

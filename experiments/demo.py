@@ -10,6 +10,10 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.trainings import Training
 
 EXPERIMENT = "digits-demo"
 METHODS = ("baseline", "random", "dtr")
@@ -32,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from experiments.trainings import Training, run_trainings
     from experiments.ui import ui_command
     from lightning_modules.errors import UserInputError
-    from lightning_modules.tracking.store import check_store, resolve_tracking_uri
+    from lightning_modules.folders import writable_folder
+    from lightning_modules.tracking.store import check_store, mlflow_client, resolve_tracking_uri
 
     if args.steps < 1 or args.workers < 1 or len(set(args.seeds)) < len(args.seeds):
         raise UserInputError("--steps and --workers must be at least 1, and --seeds must differ from one another")
@@ -40,28 +45,38 @@ def run(args: argparse.Namespace) -> int:
     check_store(uri)
     comparison = time.strftime("demo-%Y%m%d-%H%M%S")
     print(f"DTR Lab demo: {len(METHODS)} methods x {len(args.seeds)} seeds x {args.steps} steps on 1,500 real digits.")
+    out = writable_folder(args.run_dir / comparison, "--run-dir")
     parent = create_comparison(uri, experiment=EXPERIMENT, comparison=comparison)
-    out = args.run_dir / comparison
-    jobs = [
-        Training(
-            name=f"{method} seed {seed}",
-            arguments=_arguments(method, seed, args, uri, comparison, parent),
-            log=out / "logs" / f"{method}-seed{seed}.log",
-        )
-        for seed in args.seeds
-        for method in METHODS
-    ]
-    failed = run_trainings(jobs, workers=args.workers)
-    for job in failed:
-        print(f"\n{job.name} failed; the end of {job.log}:\n{job.log_tail()}", file=sys.stderr)
-    if failed:
-        return 1
-
-    print("\nComparing …")
-    summary = compare(uri, experiment=EXPERIMENT, comparison=comparison, out=out)
+    status = "FAILED"
+    try:
+        jobs = [
+            Training(
+                name=f"{method} seed {seed}",
+                arguments=_arguments(method, seed, args, uri, comparison, parent),
+                log=out / "logs" / f"{method}-seed{seed}.log",
+            )
+            for seed in args.seeds
+            for method in METHODS
+        ]
+        if _report_failures(run_trainings(jobs, workers=args.workers)):
+            return 1
+        print("\nComparing …")
+        summary = compare(uri, experiment=EXPERIMENT, comparison=comparison, out=out)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        mlflow_client(uri).set_terminated(parent, status)
     print_summary(summary)
     print(f"\nOpen these runs in MLflow:\n  {ui_command(uri, EXPERIMENT, comparison)}")
     return 0
+
+
+def _report_failures(failed: list[Training]) -> bool:
+    for job in failed:
+        print(f"\n{job.name} failed; the end of {job.log}:\n{job.log_tail()}", file=sys.stderr)
+    return bool(failed)
 
 
 def _arguments(method: str, seed: int, args: argparse.Namespace, uri: str, comparison: str, parent: str) -> list[str]:

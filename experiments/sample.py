@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_modules.errors import UserInputError
+from lightning_modules.folders import writable_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint written by `dtr-lab train`")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/samples.png"), help="picture to write (default: %(default)s)"
+    )
     parser.add_argument("--count", type=int, default=40, help="number of images (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=10, help="images in a row (default: %(default)s)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, repeated in turn (default: all, in order)")
@@ -47,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserInputError(f"--out {args.out}: name a .png, .jpg or .webp file")
     module = load_denoiser(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     config = module.backbone.config
+    if args.guidance_scale != 1 and not config.has_null_class:
+        raise UserInputError("--guidance-scale: this model was trained without label dropout, so it cannot be guided")
+    writable_folder(args.out.parent, "--out")
     images = sample(
         module.backbone if args.raw_weights else module.ema.module,
         module.diffusion,
@@ -60,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
         clip_sample=True,
         progress=True,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image_grid(images, min(args.columns, args.count))).save(args.out)
     print(f"{args.count} samples: {args.out}")
     return 0

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,12 @@ from lightning_modules.data.image_folder import ImageFolderData
 from lightning_modules.data.images import ImageData
 from lightning_modules.denoiser import BaselineModule, DenoiserModule, DTRModule
 from lightning_modules.errors import UserInputError
+from lightning_modules.folders import writable_folder
 from lightning_modules.probes.channel_activation import ChannelActivationProbe
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe
 from lightning_modules.probes.timestep_loss import TimestepLossProbe
 from lightning_modules.progress import StepProgress
-from lightning_modules.run_record import RunRecord
+from lightning_modules.run_record import RESUME_KEY, RunRecord, resume_settings
 from lightning_modules.sample_grid import SampleGrid
 from lightning_modules.tracking.callback import RunTracking, tracking_state
 from lightning_modules.tracking.logger import TrackingLogger
@@ -103,22 +103,43 @@ def check_fit(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None
     if data.batch_size % trainer.world_size:
         raise UserInputError(f"data.batch_size {data.batch_size} must be divisible by {trainer.world_size} processes")
     data.setup("fit")
+    _check_validation(module, data)
 
 
-def resume_run(path: str, module: DenoiserModule, logger: TrackingLogger) -> None:
+def _check_validation(module: DenoiserModule, data: ImageData) -> None:
+    """Stratified batches give every interval its share only if they are large enough for one sample each."""
+    assert data.val_set is not None
+    held_out, intervals = len(data.val_set), module.intervals.num_intervals  # type: ignore[arg-type]
+    if min(held_out, data.val_batch_size) < intervals:
+        raise UserInputError(
+            f"{held_out} held-out images in batches of {data.val_batch_size} cannot cover {intervals} timestep "
+            "intervals: hold out more images, raise data.val_batch_size, or use fewer intervals"
+        )
+
+
+def resume_run(path: str, cli: TrainCLI, logger: TrackingLogger) -> None:
     """Makes the logger go on with the run that the checkpoint belongs to.
 
     Raises:
-        UserInputError: If the file is no checkpoint, or of another model.
+        UserInputError: If the file is no checkpoint, or the configuration differs from its run's in what would make
+            the rest of the run another experiment, or there is nothing left to train.
     """
-    stored = dict(read_checkpoint(path)["hyper_parameters"])
-    for part in ("class", "backbone", "diffusion", "routing", "seed"):
-        if stored.get(part) != module.hparams.get(part):
+    checkpoint = read_checkpoint(path)
+    stored, asked = dict(checkpoint["hyper_parameters"]), dict(cli.model.hparams)
+    stored.update(checkpoint.get(RESUME_KEY, {}))
+    asked.update(resume_settings(cli.trainer, cli.datamodule))
+    for part in sorted(stored.keys() | asked.keys()):
+        if stored.get(part) != asked.get(part):
             raise UserInputError(
-                f"cannot resume from {path}: its {part} is {stored.get(part)}, the configuration's "
-                f"{module.hparams.get(part)}. Resume with the config.yaml that the run kept among its artifacts"
+                f"cannot resume from {path}: its {part} is {stored.get(part)}, the configuration's {asked.get(part)}. "
+                "Resume with the config.yaml that the run kept among its artifacts"
             )
-    logger.resume(tracking_state(path).run_id)
+    state = tracking_state(path)
+    if state.step >= cli.trainer.max_steps:
+        raise UserInputError(
+            f"nothing to resume: {path} is at step {state.step}, and trainer.max_steps is {cli.trainer.max_steps}"
+        )
+    logger.resume(state.run_id)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -131,17 +152,23 @@ def main(argv: Sequence[str]) -> int:
     check_fit(cli.model, cli.datamodule, cli.trainer)
     resume = cli.config.get("resume")
     if resume is not None:
-        resume_run(resume, cli.model, logger)
+        resume_run(resume, cli, logger)
+    if logger.run_name is None:
+        logger.run_name = f"{cli.model.method}-seed{cli.model.seed}"
+    run_dir = writable_folder(logger.save_dir, "tracking.run_dir")
     torch.set_float32_matmul_precision("high")
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume)
-    except SystemExit:
-        return 130  # Lightning turns Ctrl-C into an exit of its own, after it has closed the run as KILLED
+    except SystemExit:  # Lightning turns Ctrl-C into an exit of its own, after it has closed the run as KILLED
+        if logger.run_id is not None:
+            last = run_dir / logger.run_id / "checkpoints" / "last.ckpt"
+            hope = f"go on with --resume={last}" if last.exists() else "no checkpoint was written yet"
+            print(f"Run {logger.run_id} interrupted at step {cli.trainer.global_step}; {hope}", file=sys.stderr)
+        return 130
     except MisconfigurationException as error:
         raise UserInputError(str(error)) from error
-    print(
-        f"Run {logger.run_id}, checkpoints in {Path(logger.save_dir) / logger.version / 'checkpoints'}", file=sys.stderr
-    )
+    if logger.run_id is not None:  # only the first process has it
+        print(f"Run {logger.run_id}, checkpoints in {run_dir / logger.run_id / 'checkpoints'}", file=sys.stderr)
     return 0
 
 
@@ -163,7 +190,7 @@ def _configure(argv: Sequence[str]) -> TrainCLI:
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "dtr-lab train", "exit_on_error": False},
+            parser_kwargs={"prog": "dtr-lab train", "exit_on_error": False, "allow_abbrev": False},
         )
     except UserInputError:
         raise

@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserInputError(f"cannot read checkpoint {path}: {first_line}") from error
+        raise UserInputError(f"cannot read checkpoint {path}, it may be damaged or cut short: {first_line}") from error
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint or "state_dict" not in checkpoint:
         raise UserInputError(f"{path} is not a checkpoint of DTR Lab: it lacks hyper_parameters or state_dict")
     return checkpoint

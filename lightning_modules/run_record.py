@@ -11,8 +11,30 @@ import pytorch_lightning as pl
 
 from lightning_modules.data.images import ImageData
 from lightning_modules.denoiser import DenoiserModule
+from lightning_modules.probes.gradient_conflict import GradientConflictProbe
 from lightning_modules.tracking import records
 from lightning_modules.tracking.callback import writer_of
+
+RESUME_KEY = "dtr_resume"
+"""Where a checkpoint keeps `resume_settings`."""
+
+
+def resume_settings(trainer: pl.Trainer, data: ImageData) -> dict[str, Any]:
+    """What, besides the model's own settings, must stay the same when a run is resumed.
+
+    The place in the data follows from the step and these; Gramians of different halves do not fit one table.
+    """
+    halves = [callback.halves for callback in _callbacks(trainer) if isinstance(callback, GradientConflictProbe)]
+    return {
+        "data": data.name,
+        "batch_size": data.batch_size,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "halves": halves[0] if halves else None,
+    }
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 class RunRecord(pl.Callback):
@@ -51,6 +73,10 @@ class RunRecord(pl.Callback):
                 "mlflow.note.content": describe(manifest, trainer),
             }
         )
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DenoiserModule, checkpoint: dict[str, Any]) -> None:
+        """Notes what a resumed run must not change."""
+        checkpoint[RESUME_KEY] = resume_settings(trainer, self.data)
 
 
 def run_manifest(module: DenoiserModule, data: ImageData, trainer: pl.Trainer) -> records.RunManifest:

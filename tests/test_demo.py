@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import papermill
@@ -13,7 +16,9 @@ from mlflow import MlflowClient
 
 from lightning_modules.tracking import records
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_quickstart.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "01_quickstart.ipynb"
+README = ROOT / "README.md"
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -80,6 +85,32 @@ def test_the_quickstart_notebook_runs_on_it_as_it_is(folder, tmp_path):
     executed = papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", cwd=str(folder), progress_bar=False)
     pictures = [o for cell in executed.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) >= 5
+
+
+def test_an_interrupted_demo_leaves_no_run_open(tmp_path):
+    command = [sys.executable, "-m", "experiments", "demo", "--seeds", "0"]
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    client = None
+    deadline = time.monotonic() + 120
+    while client is None or len(client.search_runs(["1"])) < 3:  # the comparison and two trainings
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+        if client is None and (tmp_path / "mlflow.db.lock").exists() and list(tmp_path.glob("runs/*/logs/*")):
+            client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert {run.info.status for run in client.search_runs(["1"])} == {"KILLED"}
+
+
+def test_the_readmes_python_runs(folder):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
 
 
 def test_bad_arguments_are_refused(tmp_path):

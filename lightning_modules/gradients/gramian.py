@@ -53,8 +53,9 @@ def gramian_by_subbatches(
 ) -> Gramian:
     """The Gramian of every layer, by one forward and backward pass per group.
 
-    Exact and independent of the model's operators. It costs about one further training step in all, and memory for
-    all groups' gradients (G times the parameters) while it runs; ``.grad`` is left alone.
+    Exact and independent of the model's operators. In arithmetic it costs one further training step; small groups use
+    the hardware less well, so in time it costs more (``experiments.benchmarks.overhead`` measures how much). It holds
+    all groups' gradients, G times the parameters, while it runs; ``.grad`` is left alone.
 
     Args:
         sample_loss: Maps indices (n,) into the batch to the losses of these samples (n,).

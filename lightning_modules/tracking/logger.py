@@ -69,7 +69,7 @@ class TrackingLogger(Logger):
         if _on_rank_zero():
             check_store(self.tracking_uri)
         self._experiment_name = experiment
-        self._run_name = run_name
+        self.run_name = run_name
         self._tags = {str(key): str(value) for key, value in (tags or {}).items()}
         self._tags[records.TAG_KIND] = self._tags.get(records.TAG_KIND, "training")
         if comparison is not None:
@@ -187,7 +187,7 @@ class TrackingLogger(Logger):
     def _new_writer(self) -> RunWriter:
         client = mlflow_client(self.tracking_uri)
         experiment_id = ensure_experiment(client, self.tracking_uri, self._experiment_name)
-        run = client.create_run(experiment_id, tags=_circumstances() | self._tags, run_name=self._run_name)
+        run = client.create_run(experiment_id, tags=_circumstances() | self._tags, run_name=self.run_name)
         self._run_id = run.info.run_id
         return RunWriter(client, run.info.run_id, self._run_dir, self.tracking_uri, resumed_from=self._resumed_from)
 

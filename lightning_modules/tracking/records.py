@@ -38,7 +38,7 @@ CHANNEL_ACTIVATION = "channel_activation"
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 
 TABLES: dict[str, pa.Schema] = {
-    # Moments of the unweighted per-sample loss over the steps [window_start, step], one row per timestep that occurred.
+    # Moments of the unweighted per-sample loss over the steps (window_start, step], one row per timestep that occurred.
     TIMESTEP_LOSS: pa.schema(
         [
             ("step", pa.int64()),

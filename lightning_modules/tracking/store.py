@@ -192,6 +192,21 @@ def _check_server(uri: str) -> None:
         )
     if response.status_code >= 500:
         raise UserInputError(f"the MLflow server at {redacted(uri)} is out of order (HTTP {response.status_code})")
+    _check_api(uri)
+
+
+def _check_api(uri: str) -> None:
+    """Something answers at the address; MLflow must be what it is, and let us in."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow_client(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        said = str(error).splitlines()[0][:200]
+        raise UserInputError(
+            f"what answers at {redacted(uri)} is no MLflow server, or does not let you in: {said}. Correct the "
+            "tracking URI, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        ) from None
 
 
 def _check_database(uri: str) -> None:

@@ -128,3 +128,36 @@ def test_runs_that_cannot_be_compared(store, tmp_path):
         shard.unlink()
     with pytest.raises(UserInputError, match="no validation losses in dtr-0"):
         compare(store, experiment="odd", out=tmp_path)
+
+
+def test_unwritable_output_is_refused_before_any_figure(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("analysis.figures.report_figures", lambda *_: pytest.fail("work was done"))
+    (tmp_path / "file").touch()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "tables").touch()
+    for out in ("file", "file/below", "held"):
+        arguments = ["--experiment", synthetic.EXPERIMENT, "--tracking-uri", store, "--comparison", "c-one", "--no-log"]
+        assert main(["compare", *arguments, "--out", str(tmp_path / out)]) == 2
+        assert "--out" in capsys.readouterr().err
+
+
+def test_unfinished_runs_without_validation_are_left_out_aloud(tmp_path):
+    uri = synthetic.make_store(tmp_path, seeds=1, methods=("baseline", "dtr"))
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(synthetic.EXPERIMENT).experiment_id
+
+    def add_unvalidated(comparison):
+        run = synthetic.add_run(client, experiment, "dtr", 1, comparison=comparison, status="KILLED")
+        for shard in (Path(client.get_run(run).info.artifact_uri) / "telemetry" / records.TIMESTEP_LOSS).iterdir():
+            shard.unlink()
+        return run
+
+    early = add_unvalidated(synthetic.COMPARISON)
+    chosen = {"experiment": synthetic.EXPERIMENT, "include_unfinished": True, "out": tmp_path / "out", "log": False}
+    summary = compare(uri, comparison=synthetic.COMPARISON, **chosen)
+    assert summary.loc["dtr", "seeds"] == 1
+    said = " ".join(summary.attrs["warnings"])
+    assert f"Left out run dtr-1 ({early[:8]}, KILLED): no validation" in said
+    alone = add_unvalidated("c-early")
+    with pytest.raises(UserInputError, match=rf"no validation losses in dtr-1 \({alone[:8]}\)"):
+        compare(uri, comparison="c-early", **chosen)

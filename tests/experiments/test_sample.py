@@ -1,5 +1,7 @@
 """Tests for `experiments/sample.py`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from experiments.__main__ import main
 from lightning_modules.sample_grid import image_grid
+from tests.conftest import BACKBONE
 
 
 @pytest.fixture
@@ -61,6 +64,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, content):
         path.write_bytes(content)
     assert draw(path, tmp_path / "x.png") == 2
     assert "model.ckpt" in capsys.readouterr().err
+
+
+def test_a_model_without_null_class_cannot_be_guided(tmp_path, make_denoiser, capsys):
+    module = make_denoiser(backbone=dataclasses.replace(BACKBONE, num_classes=0))
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
+    assert draw(path, tmp_path / "x.png", "--guidance-scale=2") == 2
+    assert "--guidance-scale" in capsys.readouterr().err
+    assert draw(path, tmp_path / "x.png") == 0
 
 
 def test_weights_alone_are_no_checkpoint(tmp_path, capsys):

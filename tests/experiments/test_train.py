@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import re
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -163,13 +168,52 @@ def test_a_resumed_training_is_the_same_as_an_uninterrupted_one():
     assert len(shown) == len(set(shown)), "no image is logged twice"
 
 
-def test_resuming_another_model_is_refused():
+def test_resuming_another_experiment_is_refused(capfd):
     assert train("dtr", "--trainer.max_steps=2", "--trainer.val_check_interval=2") == 0
     (run,) = runs()
     checkpoint = f"runs/{run.info.run_id}/checkpoints/last.ckpt"
-    assert train("dtr", "--trainer.max_steps=4", f"--resume={checkpoint}", "--model.init_args.routing.beta=0.5") == 2
+    changes = {
+        "routing": "--model.init_args.routing.beta=0.5",
+        "intervals": "--model.init_args.intervals.num_intervals=4",
+        "loss_weight": "--model.init_args.loss_weight.name=min_snr",
+        "batch_size": "--data.init_args.batch_size=32",
+        "halves": "--gradient_conflict.halves=1",
+        "accumulate_grad_batches": "--trainer.accumulate_grad_batches=2",
+        "nothing to resume": "--trainer.max_steps=2",
+    }
+    for part, change in changes.items():
+        assert train("dtr", "--trainer.max_steps=4", f"--resume={checkpoint}", change) == 2
+        assert part in capfd.readouterr().err
     assert train("baseline", "--trainer.max_steps=4", f"--resume={checkpoint}") == 2
     assert len(runs()) == 1
+    assert runs()[0].info.run_name == "dtr-seed0"
+
+
+def test_a_server_that_is_not_mlflow_is_refused(tmp_path, capfd):
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def do_POST(self):
+            self.send_error(404)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert train("dtr", f"--tracking.tracking_uri=http://127.0.0.1:{server.server_port}") == 2
+    server.shutdown()
+    assert "no MLflow server" in capfd.readouterr().err
+
+
+def test_a_refusal_is_quick_and_leaves_nothing(tmp_path):
+    """From a cold start, as a user meets it; ten seconds are allowed, importing the stack takes about four."""
+    command = [sys.executable, "-m", "experiments", "train", f"--config={CONFIGS / 'dtr.yaml'}"]
+    started = time.monotonic()
+    done = subprocess.run([*command, "--model.init_args.routing.beta=2"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "beta" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert time.monotonic() - started < 30, "generous: the machine may be busy"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -196,6 +240,9 @@ def test_resuming_another_model_is_refused():
         (["--trainer.max_steps=0"], "max_steps"),
         (["--seed_everything=-1"], "-1"),
         (["--gradient_conflict.halves=0"], "halves"),
+        (["--trainer.max_step=5"], "max_step"),
+        (["--tracking.run_dir=/proc/runs"], "tracking.run_dir"),
+        (["--data.init_args.val_batch_size=4"], "cannot cover 8 timestep intervals"),
     ],
 )
 def test_bad_input_is_refused_in_one_message_and_leaves_no_run(arguments, says, capfd):
@@ -223,7 +270,7 @@ def test_a_folder_of_images_trains_in_bf16_with_a_learned_variance(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "pets" / label / f"{index}.png")
     folder = [
         f"--data.init_args.root={tmp_path / 'pets'}",
-        "--data.init_args.holdout=4",
+        "--data.init_args.holdout=8",
         "--data.init_args.num_workers=0",
     ]
     config = f"--config={CONFIGS.parent / 'image_folder' / 'dtr.yaml'}"

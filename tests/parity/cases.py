@@ -93,7 +93,7 @@ def build_model(case: Case) -> DiT:
         label_dropout=0.1 if label_rows > num_classes else 0.0,
         learn_sigma=case.setting("learn_sigma", out_channels == 2 * in_channels),
     )
-    model = DiT(config)
+    model = DiT(config).double()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -101,7 +101,7 @@ def build_model(case: Case) -> DiT:
     beta = case.setting("beta", 0.8)
     if case.setting("routed", "beta" in case.description and beta < 1):
         route(model, MaskConfig(alpha=case.setting("alpha", 4), beta=beta, variant="official"), case.num_timesteps)
-    return model.double().eval()
+    return model.eval()
 
 
 def build_diffusion(case: Case, learn_sigma: bool) -> GaussianDiffusion:

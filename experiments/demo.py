@@ -6,6 +6,7 @@ Trains a plain DiT, random routing and DTR, two seeds each, side by side; compar
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, compares, reports. Returns 1 if a training failed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for chatty in ("mlflow.store.db.utils", "alembic"):  # they report the set-up of a new store line by line
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from experiments.compare import compare, create_comparison, print_summary
     from experiments.trainings import Training, run_trainings
     from experiments.ui import ui_command

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import xarray as xr
 from scipy import stats
 
-from analysis.conflict import Level, corrected_cosine, cosine, sum_layers, task_gramian
+from analysis.conflict import Level, corrected_cosine, cosine, measured_gramian, sum_layers, task_gramian
 
 
 def gradient_affinity(run: xr.Dataset, *, corrected: bool = True, level: Level = "total") -> xr.DataArray:
@@ -29,11 +29,9 @@ def gradient_affinity(run: xr.Dataset, *, corrected: bool = True, level: Level =
         (task, other_task), or (block | layer, task, other_task).
 
     Raises:
-        ValueError: If the run has no gradient probes.
+        UserInputError: If the run has no gradient probes.
     """
-    if "gramian" not in run:
-        raise ValueError(f"run {run.attrs.get('name', '')} has no gradient probes: train with `gradient_conflict` on")
-    gramian = sum_layers(run["gramian"], level, [str(name) for name in run.coords.get("block", [])])
+    gramian = sum_layers(measured_gramian(run), level, [str(name) for name in run.coords.get("block", [])])
     if corrected:
         matrix = corrected_cosine(gramian, run["group_count"])["cosine"]
     else:

@@ -20,6 +20,8 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from lightning_modules.errors import UserInputError
+
 STEP = "gradient_step"
 NOISE_NULL = 0.5
 """Conflict rate of gradients that are pure noise: an inner product is as often negative as positive."""
@@ -55,10 +57,27 @@ def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.Da
     """Gramians and sample counts of all probes of several runs, one after the other along ``gradient_step``.
 
     Averages over them are averages over the networks of these runs. All runs must measure the same intervals.
+
+    Raises:
+        UserInputError: If a run has no gradient probes.
     """
     blocks = [str(name) for name in runs[0].coords.get("block", [])]
-    gramians = [sum_layers(run["gramian"], level, blocks) for run in runs]
+    gramians = [sum_layers(measured_gramian(run), level, blocks) for run in runs]
     return xr.concat(gramians, STEP, join="exact"), xr.concat([run["group_count"] for run in runs], STEP, join="exact")
+
+
+def measured_gramian(run: xr.Dataset) -> xr.DataArray:
+    """The Gramians of a run as they were measured.
+
+    Raises:
+        UserInputError: If it has no gradient probes.
+    """
+    if "gramian" not in run:
+        raise UserInputError(
+            f"run {run.attrs.get('name', '')} has no gradient_conflict telemetry: train with "
+            "`gradient_conflict.every_n_steps` above 0 and at most the number of training steps, or leave the run out"
+        )
+    return run["gramian"]
 
 
 def _block_of(layer: str, blocks: Sequence[str]) -> str:
@@ -151,6 +170,7 @@ def conflict_rate(gramian: xr.DataArray) -> xr.Dataset:
     """Share of task pairs whose gradients point against each other (PCGrad, definition 1), with its noise null.
 
     Pairs of one step share gradients, so the standard error is clustered: it comes from the spread of each step's rate.
+    It is conditional on the runs at hand, and not a spread over seeds.
     Noise alone gives 0.5; a rate near 0.5 therefore means "not resolved", not "half of the tasks conflict".
 
     Args:

@@ -137,7 +137,7 @@ def conflict_figure(runs: Runs) -> ReportFigure:
         "seeds (probes with large gradients, mostly early ones, weigh most). Blue pairs help each other, red pairs "
         "conflict; a dot marks pairs that differ from zero (false discovery rate 5 %). The plain cosine (top) is "
         "drawn towards zero by sampling noise; the corrected one (bottom) is not, and is hatched where a gradient "
-        "cannot be told from noise: there, nothing can be said.",
+        "cannot be told from noise: there, nothing can be said. Corrected cosines are estimates and may exceed 1.",
         figure,
     )
 
@@ -164,7 +164,8 @@ def conflict_rate_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
         "conflict_rate",
         "Conflict over training",
         "Share of interval pairs whose gradients point against each other, probe by probe. Gradients that are pure "
-        "noise give 0.5; inside the grey band a single probe says nothing. Look for a lasting departure from 0.5.",
+        "noise give 0.5; inside the grey band a single probe says nothing. Look for a lasting departure from 0.5. "
+        "The ± of the rate is its standard error over the probes within these runs, not a spread over seeds.",
         figure,
     )
 

@@ -28,15 +28,49 @@ def mean_loss(moments: xr.DataArray, quantity: str = "mse") -> xr.DataArray:
     return chosen.sel(moment="sum", drop=True) / count.where(count > 0)
 
 
+def uniform_loss(run: xr.Dataset, split: str) -> xr.DataArray:
+    """Mean loss over uniform t, Σ_k width_k · mean_k / T over the tasks k, as MLflow's ``loss/val``.
+
+    Timesteps are sampled stratified by task, so the plain mean over samples would weigh narrow tasks too much.
+
+    Args:
+        run: A run with losses.
+        split: ``"train"`` or ``"val"``.
+
+    Returns:
+        (train_step | val_step); NaN where a task was not measured or diverged.
+    """
+    return _weighted(mean_loss(run[f"{split}_loss"]), run["t_high"] - run["t_low"] + 1)
+
+
+def quarter_losses(run: xr.Dataset) -> xr.DataArray:
+    """Mean validation loss over uniform t of each quarter of T: a task weighs by the timesteps it shares with it.
+
+    Returns:
+        (val_step, quarter). A task's share of a quarter that no sample fell into (few timesteps) is left out; NaN where
+        nothing of a quarter was measured, or some of it diverged.
+    """
+    moments = run["val_quarter_loss"]
+    measured = moments.sel(quantity="mse", moment="count", drop=True) > 0
+    return _weighted(mean_loss(moments), run["quarter_timesteps"].where(measured, 0))
+
+
+def _weighted(mean: xr.DataArray, timesteps: xr.DataArray) -> xr.DataArray:
+    """Mean over tasks by their timesteps. NaN is not skipped: a diverged task's loss is not that of the others."""
+    total = (mean * timesteps).where(timesteps > 0, 0.0).sum("task", skipna=False)
+    weight = timesteps.sum("task")
+    return total / weight.where(weight > 0)
+
+
 def curves_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
     """All curves of all runs.
 
     Metrics, each where the run has data for it:
 
-    - ``loss/val``: mean unweighted loss over the whole fixed validation set; ``loss/val_<interval>`` per task;
+    - ``loss/val``: mean unweighted loss over uniform t, on the fixed validation set; ``loss/val_<interval>`` per task;
       ``loss/val_low_noise`` and ``loss/val_high_noise``: over the first and the last quarter of T.
-    - ``loss/train_mse``: mean unweighted training loss over the window that ends at the step. (The MLflow metric
-      ``loss/train`` is the weighted loss that is optimised.)
+    - ``loss/train_mse``: mean unweighted training loss over uniform t, in the window that ends at the step. (The MLflow
+      metric ``loss/train`` is the weighted loss that is optimised.)
     - ``conflict/rate``: share of task pairs with negative gradient cosine, over all parameters.
     - ``activation/effective_channels``: of what blocks read, averaged over blocks and tasks.
 
@@ -58,17 +92,16 @@ _KEYS = {"run": "run_id", "method": "method", "seed": "seed"}
 def run_curves(run: xr.Dataset) -> dict[str, xr.DataArray]:
     """The curves of one run by metric, each over its own step dimension; see `curves_frame`."""
     curves: dict[str, xr.DataArray] = {}
-    # Sums do not skip NaN: the loss of a run that diverged at some timesteps is not the loss of the others.
     if "val_loss" in run:
-        curves[VAL_LOSS] = mean_loss(run["val_loss"].sum("task", skipna=False))
-        by_quarter = mean_loss(run["val_quarter_loss"])
+        curves[VAL_LOSS] = uniform_loss(run, "val")
+        by_quarter = quarter_losses(run)
         curves[LOW_NOISE] = by_quarter.isel(quarter=0)
         curves[HIGH_NOISE] = by_quarter.isel(quarter=-1)
         by_task = mean_loss(run["val_loss"])
         for task, label in enumerate(run["interval"].values):
             curves[f"{VAL_LOSS}_{label}"] = by_task.isel(task=task)
     if "train_loss" in run:
-        curves[TRAIN_LOSS] = mean_loss(run["train_loss"].sum("task", skipna=False))
+        curves[TRAIN_LOSS] = uniform_loss(run, "train")
     if "gramian" in run:
         curves[CONFLICT_RATE] = conflict_rate(_total_gramian(run))["by_step"]
     if "activation_mean_square" in run:
@@ -94,10 +127,10 @@ def _run_row(run: xr.Dataset) -> dict[str, object]:
     row["parameters"] = RunManifest.from_json(run.attrs["manifest"]).parameters
     row |= {"step": 0, "val_loss": np.nan, "low_noise": np.nan, "high_noise": np.nan}
     if "val_loss" in run:
-        by_task = run["val_loss"].isel(val_step=-1)
-        by_quarter = mean_loss(run["val_quarter_loss"].isel(val_step=-1))
+        last = run.isel(val_step=-1)
+        by_quarter = quarter_losses(last)
         row["step"] = int(run["val_step"][-1])
-        row["val_loss"] = float(mean_loss(by_task.sum("task", skipna=False)))
+        row["val_loss"] = float(uniform_loss(last, "val"))
         row["low_noise"], row["high_noise"] = float(by_quarter[0]), float(by_quarter[-1])
     conflict = conflict_rate(_total_gramian(run)) if "gramian" in run else None
     row["conflict_rate"] = np.nan if conflict is None else float(conflict["rate"])

@@ -48,9 +48,10 @@ _NOTES = """
 Losses are the mean unweighted error on held-out images at fixed noise and timesteps, so that runs are comparable point
 by point; ± is the standard deviation over seeds. Low and high noise are the first and the last quarter of the
 timesteps. Differences are paired by seed (same initialisation, data order, noise), with a Student t-interval. Steps to
-the baseline's final loss compare runs of one seed; a run that never arrives is shown as "not reached", never left out.
-The conflict rate is the share of interval pairs with a negative gradient cosine, over all parameters, with its standard
-error over probes; gradients that are pure noise give 0.5.
+the baseline's final loss compare runs of one seed and are interpolated between validations; a run that never arrives
+is shown as "not reached", never left out. The conflict rate is the share of interval pairs with a negative gradient
+cosine, over all parameters, with its standard error over the probes within these runs (given these runs, not a spread
+over seeds); gradients that are pure noise give 0.5.
 """
 
 

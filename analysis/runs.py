@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,20 +63,16 @@ def load_runs(
     client = MlflowClient(tracking_uri=uri)
     with _explained(uri):
         if run_ids is not None:
-            chosen = [_get_run(client, run_id) for run_id in run_ids]
+            found = chosen = [_get_run(client, run_id) for run_id in run_ids]
         elif experiment is not None:
-            chosen = _search(client, _experiment_named(client, experiment), comparison)
-            if not include_unfinished:
-                chosen = _finished_only(chosen)
+            found = _search(client, _experiment_named(client, experiment), comparison)
+            chosen = found if include_unfinished else _finished_only(found)
         else:
             raise UserInputError(f"name an experiment or run ids to load; experiments here: {_experiments(client)}")
         loaded = [_load(client, run) for run in chosen]
     runs = [run for run in loaded if run is not None]
     if not runs:
-        raise UserInputError(
-            f"none of the {len(chosen)} training runs found in {uri} has finished telemetry to read: "
-            "train with `dtr-lab train` or `make demo`, or ask for unfinished runs too"
-        )
+        raise UserInputError(_nothing_to_read(uri, found, chosen))
     return sorted(runs, key=lambda run: (run.attrs["method"], run.attrs["seed"], run.attrs["start_time"]))
 
 
@@ -200,6 +197,21 @@ def _finished_only(runs: list[Run]) -> list[Run]:
             stacklevel=4,
         )
     return [run for run in runs if run.info.status == "FINISHED"]
+
+
+def _nothing_to_read(uri: str, found: Sequence[Run], chosen: Sequence[Run]) -> str:
+    """What to say where none of the runs found could be loaded; ``chosen`` are those that were tried."""
+    said = f"none of the {len(found)} training runs found in {uri} can be loaded"
+    statuses = Counter(run.info.status for run in found) - Counter(run.info.status for run in chosen)
+    if statuses:
+        listed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        said += (
+            f"; left out {statuses.total()} unfinished ({listed}), which --include-unfinished "
+            "(include_unfinished=True) loads too"
+        )
+    if chosen:
+        said += f"; {len(chosen)} without telemetry"
+    return said if statuses else f"{said}: train with `dtr-lab train` or `make demo`"
 
 
 def _load(client: MlflowClient, run: Run) -> xr.Dataset | None:

@@ -34,7 +34,8 @@ def summary_frame(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         - seeds, step (of the last validation; the smallest over runs),
         - val_loss, low_noise, high_noise (mean over runs of the last validation loss overall and in the first and last
           quarter of T; NaN if any run diverged) and each with ``_sd`` (sample standard deviation over runs),
-        - conflict_rate (mean over runs), conflict_rate_error (from the spread over probes), conflict_null (0.5),
+        - conflict_rate (mean over runs), conflict_rate_error (standard error over the probes within these runs:
+          conditional on them, not a spread over seeds), conflict_null (0.5),
         - arrived, paired (runs that reached the final loss of the reference with the same seed, and runs that have such
           a partner), steps_to_baseline (text: every seed's steps, "not reached" where censored),
         - difference, difference_low, difference_high (final loss minus the reference's, paired by seed, with its
@@ -223,10 +224,12 @@ def _conflict_sentences(summary: pd.DataFrame) -> list[str]:
         if not np.isfinite(error):
             sentences.append(f"{text}, from too few probes for a standard error.")
         elif abs(rate - NOISE_NULL) <= 2 * error:
-            sentences.append(f"{text} ± {error:.3f}, not distinguishable from the 0.5 that pure noise gives.")
+            sentences.append(
+                f"{text} ± {error:.3f} (over probes), not distinguishable from the 0.5 that pure noise gives."
+            )
         else:
             side = "below" if rate < NOISE_NULL else "above"
-            sentences.append(f"{text} ± {error:.3f}, {side} the 0.5 that pure noise gives.")
+            sentences.append(f"{text} ± {error:.3f} (over probes), {side} the 0.5 that pure noise gives.")
     return sentences
 
 

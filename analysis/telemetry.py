@@ -1,8 +1,8 @@
 """One run's telemetry folder (Parquet shards, manifest, masks) -> one `xarray.Dataset`, reduced while reading.
 
-A long run writes millions of per-timestep rows. They are summed into moments per task, per quarter of T and per
-timestep as each shard is read, so memory follows the result and not the length of the run. Gramians and activation
-moments are already small and are kept per step.
+A long run writes millions of per-timestep rows. They are summed into moments per task, per part of a task in a
+quarter of T, and per timestep as each shard is read, so memory follows the result and not the length of the run.
+Gramians and activation moments are already small and are kept per step.
 
 The probes run on schedules of their own, so each has its own step dimension (``train_step``, ``val_step``,
 ``gradient_step``, ``activation_step``): no padding, and no missing value that is not a real gap.
@@ -45,7 +45,9 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         A dataset with the variables that the run has data for:
 
         - ``train_loss``, ``val_loss`` (moment, quantity, train_step | val_step, task) and ``train_quarter_loss``,
-          ``val_quarter_loss`` (..., quarter): count, sum and sum of squares of the unweighted per-sample loss.
+          ``val_quarter_loss`` (..., task, quarter): count, sum and sum of squares of the unweighted per-sample loss.
+          Timesteps are sampled stratified by task, so a mean over uniform t weighs tasks by their timesteps.
+        - ``quarter_timesteps`` (task, quarter): timesteps that a task shares with a quarter of T.
         - ``train_timestep_loss`` (moment, quantity, timestep), pooled over all steps; ``val_timestep_loss``, of the
           last validation.
         - ``gramian`` (gradient_step, layer, task, half, other_task, other_half), ``group_count`` and ``group_loss``
@@ -71,7 +73,7 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         _read_activations(shards[records.CHANNEL_ACTIVATION], manifest),
         _read_masks(folder / Path(records.MASKS_PATH).name, manifest),
     ]
-    run = xr.merge([part for part in parts if part is not None], join="exact")
+    run = xr.merge([part for part in parts if part is not None], join="exact", compat="no_conflicts")
     run.attrs["manifest"] = manifest.to_json()
     return run
 
@@ -98,11 +100,12 @@ class _LossSums:
 
     Args:
         bin_of: (T,) bin of each timestep.
+        num_bins: Number of bins; some may have no timestep.
     """
 
-    def __init__(self, bin_of: IntArray) -> None:
+    def __init__(self, bin_of: IntArray, num_bins: int) -> None:
         self.bin_of = bin_of
-        self.num_bins = int(bin_of.max()) + 1
+        self.num_bins = num_bins
         self.pieces: list[tuple[IntArray, FloatArray]] = []
 
     def add(self, rows: dict[str, npt.NDArray]) -> None:
@@ -124,12 +127,15 @@ class _LossSums:
 
 def _read_losses(shards: Sequence[Shard], manifest: RunManifest) -> list[xr.Dataset]:
     timesteps = np.arange(manifest.num_timesteps)
+    num_tasks = len(manifest.interval_bounds) - 1
+    task = np.searchsorted(manifest.interval_bounds, timesteps, side="right") - 1
+    quarter = timesteps * QUARTERS // manifest.num_timesteps
     bins = {
-        "task": np.searchsorted(manifest.interval_bounds, timesteps, side="right") - 1,
-        "quarter": timesteps * QUARTERS // manifest.num_timesteps,
-        "timestep": timesteps,
+        "task": (task, num_tasks),
+        "quarter": (task * QUARTERS + quarter, num_tasks * QUARTERS),
+        "timestep": (timesteps, manifest.num_timesteps),
     }
-    sums = {split: {dim: _LossSums(bin_of) for dim, bin_of in bins.items()} for split in SPLITS}
+    sums = {split: {dim: _LossSums(*binning) for dim, binning in bins.items()} for split in SPLITS}
     for shard in shards:
         table = shard.read()
         columns = {name: table[name].to_numpy() for name in ("step", "timestep", *MOMENTS)}
@@ -154,11 +160,17 @@ def _loss_dataset(split: str, sums: dict[str, _LossSums]) -> xr.Dataset:
     _, by_quarter = sums["quarter"].total()
     _, by_timestep = sums["timestep"].total()
     lead = ("moment", "quantity")
+    split_task = (by_task.shape[-1], QUARTERS)
+    shared = np.bincount(sums["quarter"].bin_of, minlength=sums["quarter"].num_bins)
     return xr.Dataset(
         {
             f"{split}_loss": ((*lead, f"{split}_step", "task"), by_task),
-            f"{split}_quarter_loss": ((*lead, f"{split}_step", "quarter"), by_quarter),
+            f"{split}_quarter_loss": (
+                (*lead, f"{split}_step", "task", "quarter"),
+                by_quarter.reshape(*by_quarter.shape[:-1], *split_task),
+            ),
             f"{split}_timestep_loss": ((*lead, "timestep"), by_timestep[:, :, -1]),
+            "quarter_timesteps": (("task", "quarter"), shared.reshape(split_task)),
         },
         coords={
             "moment": list(MOMENTS),

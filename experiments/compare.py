@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_modules.errors import UserInputError
+from lightning_modules.folders import writable_folder
 from lightning_modules.tracking import records
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def compare(
         comparison: Id of a comparison, ``"latest"``, or ``"all"`` for all runs of the experiment.
         run_ids: Exactly these runs.
         out: Output folder; ``runs/comparisons/<comparison>`` by default.
-        include_unfinished: Whether to take runs that are not finished too; the report says so.
+        include_unfinished: Whether to take runs that are not finished too; the report says so. Runs that were not
+            validated yet are left out then.
         log: Whether to log to MLflow.
 
     Returns:
@@ -86,7 +88,7 @@ def compare(
         run_id of the parent (empty if nothing was logged).
 
     Raises:
-        UserInputError: If the runs cannot be loaded or compared.
+        UserInputError: If the runs cannot be loaded or compared, or ``out`` cannot be written to.
     """
     from analysis.figures import report_figures
     from analysis.frames import curves_frame, interval_losses, runs_frame
@@ -100,6 +102,8 @@ def compare(
     runs, left_out = _load(uri, experiment, comparison, run_ids, include_unfinished)
     name = _comparison_id(runs)
     folder = Path(out) if out is not None else Path("runs") / "comparisons" / name
+    for part in (folder, folder / TABLES_DIR, folder / FIGURES_DIR):
+        writable_folder(part, "--out")
     table, curves = runs_frame(runs), curves_frame(runs)
     summary = summary_frame(table, curves)
     said = verdict(runs, summary, curves)
@@ -159,17 +163,12 @@ def _load(
             run_ids=run_ids,
             include_unfinished=include_unfinished,
         )
+        runs = _validated(runs, include_unfinished)
     left_out = []
     for warning in caught:
         if issubclass(warning.category, RunsLeftOutWarning):
             text = str(warning.message)
             left_out.append(text[0].upper() + text[1:] + ".")
-    unvalidated = [run.attrs["name"] for run in runs if "val_loss" not in run]
-    if unvalidated:
-        raise UserInputError(
-            f"no validation losses in {', '.join(unvalidated)}: compare runs that were validated at least once, with "
-            "the `timestep_loss` probe on"
-        )
     if len({tuple(run["t_low"].values.tolist()) for run in runs}) > 1:
         raise UserInputError(
             "the runs were measured on different timestep intervals, which cannot be compared: choose runs with the "
@@ -181,6 +180,27 @@ def _load(
             "their probes cannot be pooled: choose runs with the same number by --runs or --comparison"
         )
     return runs, left_out
+
+
+def _validated(runs: Sequence[xr.Dataset], include_unfinished: bool) -> list[xr.Dataset]:
+    """The runs with validation losses. Who asks for unfinished runs is warned of the others, else they are an error."""
+    from analysis.runs import RunsLeftOutWarning
+
+    validated = [run for run in runs if "val_loss" in run]
+    missing = [run.attrs for run in runs if "val_loss" not in run]
+    if missing and not (include_unfinished and validated):
+        listed = ", ".join(f"{run['name']} ({run['run_id'][:8]})" for run in missing)
+        raise UserInputError(
+            f"no validation losses in {listed}: compare runs that were validated at least once, with the "
+            "`timestep_loss` probe on"
+        )
+    for run in missing:
+        warnings.warn(
+            f"left out run {run['name']} ({run['run_id'][:8]}, {run['status']}): no validation yet",
+            RunsLeftOutWarning,
+            stacklevel=2,
+        )
+    return validated
 
 
 def _comparison_id(runs: Sequence[xr.Dataset]) -> str:
@@ -199,8 +219,6 @@ def _method_names(summary: pd.DataFrame) -> list[str]:
 
 
 def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[ReportFigure], page: str) -> None:
-    for part in (TABLES_DIR, FIGURES_DIR):
-        (folder / part).mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         table.to_csv(folder / TABLES_DIR / f"{name}.csv", index=False)
     for figure in figures:

@@ -84,5 +84,5 @@ def test_rank_correlation_skips_undefined_cells():
 def test_runs_without_the_data_are_refused(runs):
     with pytest.raises(ValueError, match="baseline-0 is not routed"):
         affinity.mask_overlap(runs[0])
-    with pytest.raises(ValueError, match="no gradient probes"):
+    with pytest.raises(ValueError, match="no gradient_conflict telemetry"):
         affinity.gradient_affinity(runs[0].drop_vars("gramian"))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from analysis import conflict
+from analysis import affinity, conflict
+from lightning_modules.errors import UserInputError
 from tests.analysis import synthetic
 from tests.analysis.synthetic import HALVES, K
 
@@ -144,3 +145,12 @@ def test_one_half_is_refused():
     gramian, count = simulated(4)
     with pytest.raises(ValueError, match="at least two halves"):
         conflict.corrected_cosine(gramian.isel(half=[0], other_half=[0]), count.isel(half=[0]))
+
+
+def test_runs_without_gradient_probes_are_named(runs):
+    bare = runs[1].drop_vars(["gramian", "group_count", "group_loss"])
+    said = r"run baseline-1 has no gradient_conflict telemetry.*gradient_conflict\.every_n_steps"
+    with pytest.raises(UserInputError, match=said):
+        conflict.pool_runs([runs[0], bare])
+    with pytest.raises(UserInputError, match=said):
+        affinity.gradient_affinity(bare)

@@ -62,6 +62,16 @@ def test_page_says_what_was_found(page):
     assert "baseline-2" in html
 
 
+def test_page_says_what_its_numbers_are_not(page):
+    """Which spread the conflict rate's error is, that corrected cosines are estimates, and how steps are found."""
+    html, figures = page
+    captions = {figure.name: figure.caption for figure in figures}
+    assert "standard error over the probes within these runs" in captions["conflict_rate"]
+    assert "not a spread over seeds" in " ".join(html.split())
+    assert "may exceed 1" in captions["conflict_matrix"]
+    assert "interpolated between validations" in " ".join(html.split())
+
+
 def test_warnings_and_one_method(runs):
     html, figures = rendered(runs[:1], Verdict(["nothing to say"], ["only <one> run"]))
     assert "only &lt;one&gt; run" in html

@@ -78,8 +78,21 @@ def test_wrong_names_list_what_exists(mixed_store):
         load_runs(uri, experiment="empty")
     with pytest.raises(UserInputError, match="name an experiment or run ids"):
         load_runs(uri)
-    with pytest.warns(UserWarning, match="no telemetry"), pytest.raises(UserInputError, match="finished telemetry"):
+    with pytest.warns(UserWarning, match="no telemetry"), pytest.raises(UserInputError, match="dtr-lab train"):
         load_runs(uri, experiment="hollow")
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_unfinished_runs_are_counted_when_no_other_is_left(tmp_path):
+    uri = synthetic.make_store(tmp_path, seeds=0)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(synthetic.EXPERIMENT).experiment_id
+    for seed, status in enumerate(("RUNNING", "FAILED", "RUNNING")):
+        synthetic.add_run(client, experiment, "dtr", seed, status=status)
+    said = r"none of the 3 training runs .*left out 3 unfinished \(1 FAILED, 2 RUNNING\).*--include-unfinished"
+    with pytest.raises(UserInputError, match=said):
+        load_runs(uri, experiment=synthetic.EXPERIMENT)
+    assert len(load_runs(uri, experiment=synthetic.EXPERIMENT, include_unfinished=True)) == 3
 
 
 def test_missing_stores_are_not_created(tmp_path, monkeypatch):

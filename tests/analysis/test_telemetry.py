@@ -27,7 +27,8 @@ def test_loss_moments_equal_sums_over_the_rows(folder):
                 np.testing.assert_allclose(got, [mine["count"].sum(), mine["sum"].sum(), mine.sum_sq.sum()])
         quarter = run[f"{split}_quarter_loss"].sel(quantity="mse", quarter=3, moment="sum").isel({f"{split}_step": 2})
         mine = rows[(rows.split == split) & (rows.step == 300) & (rows.timestep >= 150)]
-        np.testing.assert_allclose(quarter, mine["sum"].sum())
+        np.testing.assert_allclose(quarter.sum("task"), mine["sum"].sum())
+        assert (quarter > 0).values.tolist() == [False] * 6 + [True] * 2
     pooled = run.train_timestep_loss.sel(quantity="mse", moment="sum")
     np.testing.assert_allclose(pooled, rows[rows.split == "train"].groupby("timestep")["sum"].sum())
     last = run.val_timestep_loss.sel(quantity="mse", moment="sum")

@@ -15,4 +15,3 @@ def test_it_prints_one_object_with_both_sides_of_one_run():
     assert {"ratio_default", "ratio_every_step", "arithmetic_every_step", "steps"} <= set(result)
     assert all(math.isfinite(value) and value > 0 for value in result.values())
     assert result["steps"] == 2 * 6 + 2 * 2
-    assert result["ratio_every_step"] > 1.2, "sixteen passes over parts of the batch cannot be free"

@@ -28,7 +28,7 @@ from lightning_modules.probes.timestep_loss import TimestepLossProbe
 from lightning_modules.progress import StepProgress
 from lightning_modules.run_record import RESUME_KEY, RunRecord, resume_settings
 from lightning_modules.sample_grid import SampleGrid
-from lightning_modules.tracking.callback import RunTracking, tracking_state
+from lightning_modules.tracking.callback import RunTracking, tracking_state_in
 from lightning_modules.tracking.logger import TrackingLogger
 from lightning_modules.tracking.store import redacted
 
@@ -134,7 +134,7 @@ def resume_run(path: str, cli: TrainCLI, logger: TrackingLogger) -> None:
                 f"cannot resume from {path}: its {part} is {stored.get(part)}, the configuration's {asked.get(part)}. "
                 "Resume with the config.yaml that the run kept among its artifacts"
             )
-    state = tracking_state(path)
+    state = tracking_state_in(checkpoint, path)
     if state.step >= cli.trainer.max_steps:
         raise UserInputError(
             f"nothing to resume: {path} is at step {state.step}, and trainer.max_steps is {cli.trainer.max_steps}"

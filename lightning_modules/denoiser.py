@@ -16,6 +16,7 @@ from lightning_modules.ema import averaged_copy
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig, loss_weight
 from lightning_modules.routing import MaskConfig, route
+from lightning_modules.schedule import completes_step
 from lightning_modules.seeding import seeded_generator
 from lightning_modules.tracking.records import interval_labels
 
@@ -160,8 +161,9 @@ class DenoiserModule(pl.LightningModule):
     def _log_recent(self, loss: Tensor, batch_idx: int) -> None:
         """Logs the mean since the last logged step: a single small batch says little."""
         self._recent_losses.append(loss)
-        last_of_step = self._trainer is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if last_of_step and self._logs_next_step():
+        if self._trainer is None:  # a step outside a training, as a test takes it
+            return
+        if completes_step(self.trainer, batch_idx) and self._logs_next_step():
             self.log("loss/train", torch.stack(self._recent_losses).mean(), sync_dist=True)
             # Lightning would name the step after the batch before this one; the house counts completed steps.
             self.log("step", float(self.trainer.global_step + 1), sync_dist=True)

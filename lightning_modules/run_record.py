@@ -69,7 +69,6 @@ class RunRecord(pl.Callback):
                 records.TAG_METHOD: manifest.method,
                 records.TAG_SEED: str(manifest.seed),
                 records.TAG_DATASET: manifest.dataset,
-                records.TAG_PARAMETERS: str(manifest.parameters),
                 "mlflow.note.content": describe(manifest, trainer),
             }
         )

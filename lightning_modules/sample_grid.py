@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
+from lightning_modules.schedule import completes_step
 from lightning_modules.seeding import seeded_generator
 from lightning_modules.tracking.callback import writer_of
 
@@ -56,8 +57,7 @@ class SampleGrid(pl.Callback):
         self, trainer: pl.Trainer, pl_module: DenoiserModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Samples when the schedule names the step just completed."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.every_n_steps and stepped and trainer.global_step % self.every_n_steps == 0:
+        if self.every_n_steps and completes_step(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
             writer = writer_of(trainer)
             if writer is not None:
                 writer.log_image("samples", image_grid(self.draw(pl_module), self.columns), trainer.global_step)

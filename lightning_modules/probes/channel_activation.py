@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
-from lightning_modules.probes.schedule import is_scheduled
+from lightning_modules.schedule import completes_step, is_scheduled
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.records import CHANNEL_ACTIVATION, TABLES
 
@@ -79,8 +79,7 @@ class ChannelActivationProbe(pl.Callback):
         self._samples = {}
         writer = writer_of(trainer)
         if writer is not None:
-            stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-            step = trainer.global_step if stepped else trainer.global_step + 1
+            step = trainer.global_step if completes_step(trainer, batch_idx) else trainer.global_step + 1
             arrays = {key: value.cpu().numpy() for key, value in moments.items()}
             writer.log_rows(CHANNEL_ACTIVATION, _rows(arrays, step))
             writer.log_metrics(_summary(arrays), step)

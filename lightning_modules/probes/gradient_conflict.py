@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_modules.denoiser import DenoiserModule, NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.gramian import Gramian, gramian_by_subbatches, split_tasks
-from lightning_modules.probes.schedule import is_scheduled
+from lightning_modules.schedule import is_scheduled
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.heatmap import heatmap_image
 from lightning_modules.tracking.records import GRADIENT_GRAMIAN, interval_labels

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_modules.denoiser import DenoiserModule, add_moments
 from lightning_modules.errors import UserInputError
+from lightning_modules.schedule import completes_step
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.records import TIMESTEP_LOSS
 
@@ -51,8 +52,7 @@ class TimestepLossProbe(pl.Callback):
         add_moments(self._moments[0], outputs["t"], outputs["mse"])
         if outputs["vb"] is not None:
             add_moments(self._moments[1], outputs["t"], outputs["vb"])
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.every_n_steps == 0:
+        if completes_step(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
             self._close_window(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DenoiserModule, checkpoint: dict[str, Any]) -> None:

@@ -59,10 +59,19 @@ def tracking_state(checkpoint_path: str | os.PathLike[str]) -> TrackingState:
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise UserInputError(f"{os.fspath(checkpoint_path)} cannot be read as a checkpoint: {reason}") from error
+    return tracking_state_in(checkpoint, checkpoint_path)
+
+
+def tracking_state_in(checkpoint: Any, path: str | os.PathLike[str]) -> TrackingState:
+    """`tracking_state` of a checkpoint that was read already; ``path`` is for the error.
+
+    Raises:
+        UserInputError: If it was written without `RunTracking`.
+    """
     state = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     if state is None:
         raise UserInputError(
-            f"{os.fspath(checkpoint_path)} names no run: it was saved without the RunTracking callback, or with "
+            f"{os.fspath(path)} names no run: it was saved without the RunTracking callback, or with "
             "weights only; train from it as a new run"
         )
     return TrackingState(**state)

@@ -1,4 +1,4 @@
-"""When a probe measures."""
+"""Which batches belong to which optimizer step, and when a callback measures."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def is_scheduled(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> boo
     if every_n_steps == 0 or batch_idx % trainer.accumulate_grad_batches:
         return False
     return (trainer.global_step + 1) % every_n_steps == 0
+
+
+def completes_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps at the end of this batch: always, unless gradients are accumulated over several."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

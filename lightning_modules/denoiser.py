@@ -123,13 +123,19 @@ class DenoiserModule(pl.LightningModule):
         rank = self.global_rank if stream == TRAIN_STREAM else 0
         return seeded_generator(seed, stream, rank, batch_idx, device=self.device)
 
+    def draw_timesteps(self, count: int, batch_idx: int) -> Tensor:
+        """The timesteps (B,) that `draw` gives a training batch of ``count`` images, without drawing the rest."""
+        return self._sample_timesteps(count, self.generator(TRAIN_STREAM, batch_idx))
+
+    def _sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        stratified = self.interval_config.sampling == "stratified"
+        return (self.intervals.sample_stratified if stratified else self.intervals.sample_uniform)(count, generator)
+
     def draw(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> NoisedBatch:
         """The random part of training batch ``batch_idx``: the same whenever it is asked for."""
         images, labels = batch
         generator = self.generator(TRAIN_STREAM, batch_idx)
-        stratified = self.interval_config.sampling == "stratified"
-        sample_t = self.intervals.sample_stratified if stratified else self.intervals.sample_uniform
-        t = sample_t(len(images), generator)
+        t = self._sample_timesteps(len(images), generator)
         noise = torch.randn(images.shape, generator=generator, device=self.device, dtype=images.dtype)
         conditional = self.backbone.config.num_classes > 0
         y = self.backbone.drop_labels(labels, generator) if conditional else None
@@ -148,7 +154,7 @@ class DenoiserModule(pl.LightningModule):
         return SampleLosses(loss, losses.mse, losses.vb)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One step's loss, and what the probes want to see of it: t and the unweighted losses per sample."""
+        """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
         drawn = self.draw(batch, batch_idx)
         losses = self.sample_losses(drawn)
         weighted = losses.loss
@@ -156,7 +162,8 @@ class DenoiserModule(pl.LightningModule):
             weighted = weighted * self.intervals.importance(drawn.t)
         loss = weighted.mean()
         self._log_recent(loss.detach(), batch_idx)
-        return {"loss": loss, "t": drawn.t, "mse": losses.mse.detach(), "vb": _detached(losses.vb)}
+        vb = None if losses.vb is None else losses.vb.detach()
+        return {"loss": loss, "t": drawn.t, "sample_loss": losses.loss.detach(), "mse": losses.mse.detach(), "vb": vb}
 
     def _log_recent(self, loss: Tensor, batch_idx: int) -> None:
         """Logs the mean since the last logged step: a single small batch says little."""
@@ -289,7 +296,3 @@ def add_moments(moments: Tensor, t: Tensor, values: Tensor) -> None:
     """Adds count, sum and sum of squares of ``values`` (B,) at ``t`` (B,) to ``moments`` (3, T), in place."""
     values = values.detach().to(moments.dtype)
     moments.index_add_(1, t, torch.stack([torch.ones_like(values), values, values.square()]))
-
-
-def _detached(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()

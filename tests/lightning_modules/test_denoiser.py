@@ -48,6 +48,25 @@ def test_the_training_loss_is_the_mean_of_the_weighted_squared_error(make_denois
     torch.testing.assert_close(outputs["mse"], error.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sampling", ["stratified", "uniform"])
+def test_timesteps_can_be_known_before_a_batch_is_drawn(make_denoiser, batch, sampling):
+    module = make_denoiser("dtr", intervals=IntervalConfig(bounds=[0, 20, 100, 1000], sampling=sampling))
+    for batch_idx in (0, 7):
+        assert torch.equal(module.draw_timesteps(len(batch[0]), batch_idx), module.draw(batch, batch_idx).t)
+    assert not torch.equal(module.draw_timesteps(16, 0), module.draw_timesteps(16, 7))
+
+
+def test_a_step_hands_out_each_samples_loss_before_importance_weighting(make_denoiser, batch):
+    intervals = IntervalConfig(bounds=[0, 20, 100, 1000], sampling="stratified")
+    module = make_denoiser(intervals=intervals, loss_weight=LossWeightConfig(name="min_snr"))
+    outputs = module.training_step(batch, 0)
+    assert torch.equal(outputs["sample_loss"], module.sample_losses(module.draw(batch, 0)).loss)
+    assert not outputs["sample_loss"].requires_grad
+    weighted = (outputs["sample_loss"] * module.intervals.importance(outputs["t"])).mean()
+    torch.testing.assert_close(weighted, outputs["loss"].detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(outputs["sample_loss"].mean(), outputs["loss"])
+
+
 def test_unequal_intervals_do_not_change_what_is_minimised(make_denoiser):
     """Stratified sampling over unequal intervals, averaged over many draws, estimates the loss over uniform t."""
     losses = {}

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import xarray as xr
 from scipy import stats
 
-from analysis.conflict import Level, corrected_cosine, cosine, measured_gramian, sum_layers, task_gramian
+from analysis.conflict import corrected_cosine, cosine, task_gramian
+from analysis.gramians import Level, measured_gramian, sum_layers
 
 
 def gradient_affinity(run: xr.Dataset, *, corrected: bool = True, level: Level = "total") -> xr.DataArray:

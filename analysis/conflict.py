@@ -13,75 +13,15 @@ the spread over steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import numpy as np
 import xarray as xr
 from scipy import stats
 
-from lightning_modules.errors import UserInputError
+from analysis.gramians import STEP
 
-STEP = "gradient_step"
 NOISE_NULL = 0.5
 """Conflict rate of gradients that are pure noise: an inner product is as often negative as positive."""
 _SIGNAL_ERRORS = 2.0
-
-Level = Literal["total", "block", "layer"]
-
-
-def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) -> xr.DataArray:
-    """Adds up the Gramians of layers: a Gramian over more parameters is the sum of those over disjoint parts.
-
-    Args:
-        gramian: (gradient_step, layer, task, half, other_task, other_half).
-        level: ``"layer"`` leaves it as it is, ``"block"`` yields the dimension ``block`` instead of ``layer``,
-            ``"total"`` sums over all layers.
-        blocks: Names of the residual blocks. Other layers go by the first component of their name.
-    """
-    if level == "layer":
-        return gramian.astype(float)
-    if level == "total":
-        return gramian.sum("layer", dtype=float, skipna=False)
-    names = [_block_of(str(layer), blocks) for layer in gramian["layer"].values]
-    parts = [
-        gramian.isel(layer=[at for at, name in enumerate(names) if name == block]).sum(
-            "layer", dtype=float, skipna=False
-        )
-        for block in dict.fromkeys(names)
-    ]
-    return xr.concat(parts, xr.Variable("block", list(dict.fromkeys(names)))).transpose(STEP, "block", ...)
-
-
-def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.DataArray, xr.DataArray]:
-    """Gramians and sample counts of all probes of several runs, one after the other along ``gradient_step``.
-
-    Averages over them are averages over the networks of these runs. All runs must measure the same intervals.
-
-    Raises:
-        UserInputError: If a run has no gradient probes.
-    """
-    blocks = [str(name) for name in runs[0].coords.get("block", [])]
-    gramians = [sum_layers(measured_gramian(run), level, blocks) for run in runs]
-    return xr.concat(gramians, STEP, join="exact"), xr.concat([run["group_count"] for run in runs], STEP, join="exact")
-
-
-def measured_gramian(run: xr.Dataset) -> xr.DataArray:
-    """The Gramians of a run as they were measured.
-
-    Raises:
-        UserInputError: If it has no gradient probes.
-    """
-    if "gramian" not in run:
-        raise UserInputError(
-            f"run {run.attrs.get('name', '')} has no gradient_conflict telemetry: train with "
-            "`gradient_conflict.every_n_steps` above 0 and at most the number of training steps, or leave the run out"
-        )
-    return run["gramian"]
-
-
-def _block_of(layer: str, blocks: Sequence[str]) -> str:
-    return next((block for block in blocks if layer.startswith(f"{block}.")), layer.split(".")[0])
 
 
 def task_gramian(gramian: xr.DataArray, count: xr.DataArray) -> xr.DataArray:

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from analysis import activations, affinity, conflict, convergence, frames
+from analysis import activations, affinity, conflict, convergence, frames, gramians
 from analysis.methods import method_name, ordered, reference_method
 from analysis.plots.channels import plot_channel_usage, plot_effective_channels
 from analysis.plots.curves import plot_conflict_rate, plot_curves
@@ -144,9 +144,9 @@ def conflict_figure(runs: Runs) -> ReportFigure:
 
 def _cosines(runs: Runs) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
     """Plain cosine, corrected cosine (NaN everywhere without halves) and significance of runs of one method."""
-    gramian, count = conflict.pool_runs(runs)
+    gramian, count = gramians.pool_runs(runs)
     tasks = conflict.task_gramian(gramian, count)
-    plain = conflict.cosine(tasks.mean(conflict.STEP))
+    plain = conflict.cosine(tasks.mean(gramians.STEP))
     halved = gramian.sizes["half"] > 1
     corrected = conflict.corrected_cosine(gramian, count)["cosine"] if halved else plain * np.nan
     return plain, corrected, conflict.significant_pairs(tasks)
@@ -155,7 +155,7 @@ def _cosines(runs: Runs) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
 def conflict_rate_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
     """Conflict rate over steps with its null band."""
     aligned = convergence.aligned_curves(curves, frames.CONFLICT_RATE)
-    gramian, count = conflict.pool_runs(runs[:1])
+    gramian, count = gramians.pool_runs(runs[:1])
     rate = conflict.conflict_rate(conflict.task_gramian(gramian, count))
     figure, axes = _panels(1, 1, width=6.5, height=3.4)
     mean = convergence.mean_curves(aligned)

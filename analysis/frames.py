@@ -9,7 +9,8 @@ import pandas as pd
 import xarray as xr
 
 from analysis.activations import effective_channels
-from analysis.conflict import conflict_rate, sum_layers, task_gramian
+from analysis.conflict import conflict_rate, task_gramian
+from analysis.gramians import sum_layers
 from lightning_modules.tracking.records import RunManifest
 
 VAL_LOSS = "loss/val"

@@ -10,7 +10,6 @@ The probes run on schedules of their own, so each has its own step dimension (``
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xarray as xr
 
+from analysis.gramians import gramian_arrays, task_coordinates
 from analysis.shards import Shard, codes, list_shards, read_manifest, stack_lists
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
@@ -79,20 +79,9 @@ def read_telemetry(folder: Path) -> xr.Dataset:
 
 
 def _task_coordinates(manifest: RunManifest) -> xr.Dataset:
-    bounds = np.asarray(manifest.interval_bounds)
     log_snr = np.asarray(manifest.log_snr, dtype=float)
-    # The median, not the mean: a schedule with zero terminal SNR has -inf at its last timestep.
-    middle = [float(np.median(log_snr[low:high])) for low, high in itertools.pairwise(bounds)]
-    coords: dict[str, tuple[str, object]] = {"timestep_log_snr": ("timestep", log_snr)}
-    for prefix in ("", "other_"):
-        dim = f"{prefix}task"
-        coords[f"{prefix}interval"] = (dim, np.asarray(records.interval_labels(manifest.interval_bounds)))
-        coords[f"{prefix}t_low"] = (dim, bounds[:-1])
-        coords[f"{prefix}t_high"] = (dim, bounds[1:] - 1)
-        coords[f"{prefix}log_snr"] = (dim, np.asarray(middle))
-    tasks = np.arange(len(bounds) - 1)
-    indexes = {"task": tasks, "other_task": tasks, "timestep": np.arange(len(log_snr))}
-    return xr.Dataset(coords={**indexes, **coords})
+    tasks = task_coordinates(manifest.interval_bounds, manifest.log_snr)
+    return tasks.assign_coords(timestep=np.arange(len(log_snr)), timestep_log_snr=("timestep", log_snr))
 
 
 class _LossSums:
@@ -201,17 +190,15 @@ def _read_gramians(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset
         gramian[at, layer] = stack_lists(table, "gramian", path, groups**2).reshape(-1, groups, groups)
         count[at] = stack_lists(table, "group_count", path, groups)
         loss[at] = stack_lists(table, "group_loss", path, groups)
-    split = (num_tasks, groups // num_tasks)
-    return xr.Dataset(
-        {
-            "gramian": (
-                ("gradient_step", "layer", "task", "half", "other_task", "other_half"),
-                gramian.reshape(*gramian.shape[:2], *split, *split),
-            ),
-            "group_count": (("gradient_step", "task", "half"), count.reshape(-1, *split)),
-            "group_loss": (("gradient_step", "task", "half"), loss.reshape(-1, *split)),
-        },
-        coords={"gradient_step": steps, "layer": layers},
+    return gramian_arrays(
+        gramian,
+        count,
+        layers=layers,
+        halves=groups // num_tasks,
+        bounds=manifest.interval_bounds,
+        losses=loss,
+        steps=steps.tolist(),
+        log_snr=manifest.log_snr,
     )
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from analysis import affinity, conflict
-from lightning_modules.errors import UserInputError
+from analysis import conflict
 from tests.analysis import synthetic
 from tests.analysis.synthetic import HALVES, K
 
@@ -126,31 +125,7 @@ def test_noise_scale_recovers_trace_over_squared_norm():
     np.testing.assert_allclose(got, 40.0, rtol=0.15)
 
 
-def test_layers_add_up(runs):
-    run = runs[0]
-    total = conflict.sum_layers(run.gramian, "total")
-    np.testing.assert_allclose(total, run.gramian.values.astype(float).sum(1))
-    blocks = conflict.sum_layers(run.gramian, "block", list(run.block.values))
-    assert list(blocks.block.values) == ["x_embedder", "blocks.0", "blocks.1", "final_layer"]
-    np.testing.assert_allclose(blocks.sel(block="blocks.0"), run.gramian.isel(layer=[1, 2]).sum("layer"), rtol=1e-5)
-    np.testing.assert_allclose(blocks.sum("block"), total)
-    by_layer = conflict.corrected_cosine(conflict.sum_layers(run.gramian, "layer"), run.group_count)
-    assert by_layer.cosine.dims == ("layer", "task", "other_task")
-    summed = conflict.corrected_cosine(total, run.group_count)
-    assert list(summed.cosine.interval.values) == list(run.interval.values)
-    assert "other_log_snr" in summed.cosine.coords
-
-
 def test_one_half_is_refused():
     gramian, count = simulated(4)
     with pytest.raises(ValueError, match="at least two halves"):
         conflict.corrected_cosine(gramian.isel(half=[0], other_half=[0]), count.isel(half=[0]))
-
-
-def test_runs_without_gradient_probes_are_named(runs):
-    bare = runs[1].drop_vars(["gramian", "group_count", "group_loss"])
-    said = r"run baseline-1 has no gradient_conflict telemetry.*gradient_conflict\.every_n_steps"
-    with pytest.raises(UserInputError, match=said):
-        conflict.pool_runs([runs[0], bare])
-    with pytest.raises(UserInputError, match=said):
-        affinity.gradient_affinity(bare)

@@ -1,0 +1,171 @@
+"""Gramians of group gradients as labelled arrays: building, choosing the level, pooling runs.
+
+A Gramian has the dimensions (gradient_step, layer, task, half, other_task, other_half): one inner product between the
+gradients of two groups' mean losses for every probe and layer, where each task's samples are split into disjoint
+halves. Sample counts have the dimensions (gradient_step, task, half). `telemetry.read_telemetry` yields these arrays
+for a run, `gramian_arrays` makes them from plain numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lightning_modules.errors import UserInputError
+from lightning_modules.tracking.records import interval_labels
+
+STEP = "gradient_step"
+"""Dimension of the probes; its coordinate ``run``, where there is one, says which run each probe belongs to."""
+
+Level = Literal["total", "block", "layer"]
+
+
+def gramian_arrays(
+    values: npt.NDArray[np.floating],
+    counts: npt.NDArray[np.integer],
+    *,
+    layers: Sequence[str],
+    halves: int,
+    bounds: Sequence[int],
+    losses: npt.NDArray[np.floating] | None = None,
+    steps: Sequence[int] | None = None,
+    log_snr: Sequence[float] | None = None,
+) -> xr.Dataset:
+    """Labels plain arrays of Gramians as `telemetry.read_telemetry` does.
+
+    Args:
+        values: (S, L, G, G) inner products of S probes in L layers, group ``task * halves + half``. Kept in their own
+            precision; statistics add up in float64.
+        counts: (S, G) samples of each group.
+        layers: L names of layers, as in the state dict.
+        halves: Halves of each task, so that there are K = G / halves tasks.
+        bounds: K + 1 increasing timesteps; task k holds ``bounds[k] <= t < bounds[k + 1]``, and the last one is T.
+        losses: (S, G) mean losses of the groups; only `affinity.tag_affinity` needs them.
+        steps: S step numbers; 0 ... S - 1 without them.
+        log_snr: (T,) log signal-to-noise ratio of each timestep, for the axes of figures.
+
+    Returns:
+        Dataset with ``gramian``, ``group_count`` and, given losses, ``group_loss``, with the interval coordinates of
+        `task_coordinates`.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    tasks = len(bounds) - 1
+    groups = tasks * halves
+    if values.ndim != 4 or values.shape[1:] != (len(layers), groups, groups) or len(values) == 0:
+        raise ValueError(
+            f"Gramians of shape {values.shape}, but {len(layers)} layers and {tasks} tasks of {halves} halves need "
+            f"(probes, {len(layers)}, {groups}, {groups}) with at least one probe"
+        )
+    for name, array in (("counts", counts), ("losses", losses)):
+        if array is not None and array.shape != (len(values), groups):
+            raise ValueError(f"{name} of shape {array.shape}, but the Gramians need {(len(values), groups)}")
+    split = (tasks, halves)
+    group_dims = (STEP, "task", "half")
+    variables: dict[str, tuple[tuple[str, ...], npt.NDArray]] = {
+        "gramian": (
+            (STEP, "layer", "task", "half", "other_task", "other_half"),
+            values.reshape(*values.shape[:2], *split, *split),
+        ),
+        "group_count": (group_dims, counts.reshape(-1, *split)),
+    }
+    if losses is not None:
+        variables["group_loss"] = (group_dims, losses.reshape(-1, *split))
+    coords = {STEP: np.arange(len(values)) if steps is None else np.asarray(steps), "layer": list(layers)}
+    return xr.Dataset(variables, coords={**coords, **task_coordinates(bounds, log_snr).coords})
+
+
+def task_coordinates(bounds: Sequence[int], log_snr: Sequence[float] | None = None) -> xr.Dataset:
+    """The coordinates of K tasks: ``interval`` (label), ``t_low``, ``t_high`` (inclusive) and ``log_snr`` on ``task``.
+
+    The same with the prefix ``other_`` on ``other_task``. ``log_snr`` (T,), if given, is taken at each interval's
+    median timestep.
+    """
+    edges = np.asarray(bounds)
+    named: dict[str, npt.NDArray] = {
+        "interval": np.asarray(interval_labels([int(edge) for edge in edges])),
+        "t_low": edges[:-1],
+        "t_high": edges[1:] - 1,
+    }
+    if log_snr is not None:
+        snr = np.asarray(log_snr, dtype=float)
+        # The median, not the mean: a schedule with zero terminal SNR has -inf at its last timestep.
+        named["log_snr"] = np.asarray([np.median(snr[low:high]) for low, high in itertools.pairwise(edges)])
+    coords: dict[str, tuple[str, npt.NDArray]] = {}
+    for prefix in ("", "other_"):
+        dim = f"{prefix}task"
+        coords[dim] = (dim, np.arange(len(edges) - 1))
+        coords |= {f"{prefix}{name}": (dim, values) for name, values in named.items()}
+    return xr.Dataset(coords=coords)
+
+
+def measured_gramian(run: xr.Dataset) -> xr.DataArray:
+    """The Gramians of a run as they were measured.
+
+    Raises:
+        UserInputError: If it has no gradient probes.
+    """
+    if "gramian" not in run:
+        raise UserInputError(
+            f"run {run.attrs.get('name', '')} has no gradient_conflict telemetry: train with "
+            "`gradient_conflict.every_n_steps` above 0 and at most the number of training steps, or leave the run out"
+        )
+    return run["gramian"]
+
+
+def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) -> xr.DataArray:
+    """Adds up the Gramians of layers: a Gramian over more parameters is the sum of those over disjoint parts.
+
+    Args:
+        gramian: (gradient_step, layer, task, half, other_task, other_half).
+        level: ``"layer"`` leaves it as it is, ``"block"`` yields the dimension ``block`` instead of ``layer``,
+            ``"total"`` sums over all layers.
+        blocks: Names of the residual blocks. Other layers go by the first component of their name.
+
+    Returns:
+        The Gramian; sums are float64.
+    """
+    if level == "layer":
+        return gramian
+    if level == "total":
+        return gramian.sum("layer", dtype=float, skipna=False)
+    names = [_block_of(str(layer), blocks) for layer in gramian["layer"].values]
+    parts = [
+        gramian.isel(layer=[at for at, name in enumerate(names) if name == block]).sum(
+            "layer", dtype=float, skipna=False
+        )
+        for block in dict.fromkeys(names)
+    ]
+    return xr.concat(parts, xr.Variable("block", list(dict.fromkeys(names)))).transpose(STEP, "block", ...)
+
+
+def _block_of(layer: str, blocks: Sequence[str]) -> str:
+    return next((block for block in blocks if layer.startswith(f"{block}.")), layer.split(".")[0])
+
+
+def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.DataArray, xr.DataArray]:
+    """Gramians and sample counts of all probes of several runs, one after the other along ``gradient_step``.
+
+    Averages over them are averages over the networks of these runs. All runs must measure the same intervals.
+
+    Returns:
+        Both with the coordinate ``run`` (gradient_step): the place of the probe's run among ``runs``, by which errors
+        can be clustered.
+
+    Raises:
+        UserInputError: If a run has no gradient probes.
+    """
+    blocks = [str(name) for name in runs[0].coords.get("block", [])]
+    gramians = [sum_layers(measured_gramian(run), level, blocks) for run in runs]
+    counts = [run["group_count"] for run in runs]
+    of_run = np.repeat(np.arange(len(runs)), [count.sizes[STEP] for count in counts])
+    return (
+        xr.concat(gramians, STEP, join="exact").assign_coords(run=(STEP, of_run)),
+        xr.concat(counts, STEP, join="exact").assign_coords(run=(STEP, of_run)),
+    )

@@ -142,7 +142,7 @@ class SketchCollector:
     """Collects the sketches of one batch's group gradients; for `GramianRecorder(collector=...)`.
 
     Attributes:
-        table: Sketches of the gradients of the groups' mean losses (G, D), float32.
+        table: (G, D), float32; once the measurement has ended, sketches of the gradients of the groups' mean losses.
 
     Args:
         projection: What to apply.
@@ -157,6 +157,10 @@ class SketchCollector:
     def collect(self, index: int, start: int, rows: Tensor) -> None:
         """Adds a piece of parameter ``index``: ``rows`` (G, n) from flat place ``start`` on."""
         self.projection.add(self.table, index, start, rows)
+
+    def finish(self, factors: Tensor) -> None:
+        """Scales the sketches to those of the groups' mean losses: ``factors`` (G,)."""
+        self.table *= factors.to(self.table)[:, None]
 
 
 class SketchSums:

@@ -115,6 +115,15 @@ def test_the_error_falls_with_the_square_root_of_the_width():
     assert scaled == pytest.approx([0.75] * 4, rel=0.2)
 
 
+def test_the_end_of_a_measurement_scales_each_group():
+    collector = SketchCollector(CountSketch(WIDTH, seed=3), 4)
+    for index, whole in enumerate(gradients(4)):
+        collector.collect(index, 0, whole)
+    before, factors = collector.table.clone(), torch.tensor([1.0, 2.0, 0.0, 0.5])
+    collector.finish(factors)
+    torch.testing.assert_close(collector.table, before * factors[:, None])
+
+
 def test_sums_over_batches_are_means_over_samples():
     rows = gradients(5)
     exact = torch.cat(rows, 1)

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lightning_modules.backbones.dit import DiTConfig
+from lightning_modules.backbones.build import backbone_config
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
 from lightning_modules.denoiser import BaselineModule, DenoiserModule, DTRModule
 from lightning_modules.diffusion import DiffusionConfig
@@ -74,7 +74,7 @@ def load_denoiser(path: str | Path) -> DenoiserModule:
     settings = dict(checkpoint["hyper_parameters"])
     try:
         arguments: dict[str, Any] = {
-            "backbone": DiTConfig(**settings["backbone"]),
+            "backbone": backbone_config(settings["backbone"]),
             "diffusion": DiffusionConfig(**settings["diffusion"]),
             "loss_weight": LossWeightConfig(**settings["loss_weight"]),
             "intervals": IntervalConfig(**settings["intervals"]),

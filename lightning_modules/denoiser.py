@@ -9,18 +9,21 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_modules.backbones.dit import DiT, DiTConfig
+from lightning_modules.backbones.build import build_backbone
+from lightning_modules.backbones.dit import DiTConfig
+from lightning_modules.backbones.unet_config import UNetConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
 from lightning_modules.diffusion import DiffusionConfig, GaussianDiffusion
 from lightning_modules.ema import averaged_copy
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig, loss_weight
+from lightning_modules.optimization import build_optimizer
 from lightning_modules.routing import MaskConfig, route
 from lightning_modules.schedule import completes_step
-from lightning_modules.seeding import seeded_generator
+from lightning_modules.seeding import seeded_dropout, seeded_generator
 from lightning_modules.tracking.records import interval_labels
 
-TRAIN_STREAM, VALIDATION_STREAM = 0, 1
+TRAIN_STREAM, VALIDATION_STREAM, DROPOUT_STREAM = 0, 1, 2
 
 
 class NoisedBatch(NamedTuple):
@@ -49,7 +52,7 @@ class DenoiserModule(pl.LightningModule):
 
     def __init__(
         self,
-        backbone: DiTConfig,
+        backbone: DiTConfig | UNetConfig,
         routing: MaskConfig | None,
         diffusion: DiffusionConfig,
         loss_weight: LossWeightConfig,
@@ -88,7 +91,7 @@ class DenoiserModule(pl.LightningModule):
         self.intervals = intervals.build(self.diffusion.log_snr)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.backbone = DiT(backbone)
+            self.backbone = build_backbone(backbone)
         if routing is not None:
             route(self.backbone, routing, self.diffusion.num_timesteps)
         self.ema = averaged_copy(self.backbone, optimization.ema_decay)
@@ -107,15 +110,7 @@ class DenoiserModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with an optional linear warm-up."""
-        settings = self.optimization
-        trained = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-        )
-        if not settings.warmup_steps:
-            return optimizer
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings.warmup_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        return build_optimizer(self.backbone, self.optimization)
 
     def generator(self, stream: int, batch_idx: int) -> torch.Generator:
         """A generator on the module's device whose state depends on seed, stream, process and batch alone."""
@@ -156,7 +151,8 @@ class DenoiserModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
         """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
         drawn = self.draw(batch, batch_idx)
-        losses = self.sample_losses(drawn)
+        with seeded_dropout(self.backbone, self.seed, DROPOUT_STREAM, self.global_rank, batch_idx):
+            losses = self.sample_losses(drawn)
         weighted = losses.loss
         if self.interval_config.sampling == "stratified":
             weighted = weighted * self.intervals.importance(drawn.t)
@@ -242,7 +238,7 @@ class BaselineModule(DenoiserModule):
     """A plain denoiser: all timesteps share all channels.
 
     Args:
-        backbone: The network; its ``learn_sigma`` must agree with ``diffusion.variance``.
+        backbone: The network, a DiT or a U-Net; its ``learn_sigma`` must agree with ``diffusion.variance``.
         diffusion: Noise schedule, prediction target, variance.
         loss_weight: Weight of a sample's squared error by its SNR.
         intervals: The tasks.
@@ -253,7 +249,7 @@ class BaselineModule(DenoiserModule):
 
     def __init__(
         self,
-        backbone: DiTConfig,
+        backbone: DiTConfig | UNetConfig,
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008  (frozen)
         loss_weight: LossWeightConfig = LossWeightConfig(),  # noqa: B008
         intervals: IntervalConfig = IntervalConfig(),  # noqa: B008
@@ -280,7 +276,7 @@ class DTRModule(DenoiserModule):
 
     def __init__(
         self,
-        backbone: DiTConfig,
+        backbone: DiTConfig | UNetConfig,
         routing: MaskConfig = MaskConfig(),  # noqa: B008  (frozen)
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008
         loss_weight: LossWeightConfig = LossWeightConfig(),  # noqa: B008

@@ -59,9 +59,11 @@ class MaskConfig:
 class Routable(Protocol):
     """What `route` needs of a backbone: it must consult ``routing`` in its forward pass."""
 
-    blocks: nn.ModuleList
-    hidden_size: int
     routing: ChannelRouting | None
+
+    @property
+    def block_channels(self) -> dict[str, int]:
+        """Name of each residual block -> channels that its branch reads, in network order."""
 
 
 def active_channels(channels: int, beta: float) -> int:
@@ -165,7 +167,7 @@ def route(backbone: Routable, config: MaskConfig, num_timesteps: int = 1000) -> 
     """
     if backbone.routing is not None:
         raise ValueError("this backbone is routed already: call unroute(backbone) first")
-    backbone.routing = ChannelRouting(config, num_timesteps, [backbone.hidden_size] * len(backbone.blocks))
+    backbone.routing = ChannelRouting(config, num_timesteps, list(backbone.block_channels.values()))
     return backbone.routing
 
 

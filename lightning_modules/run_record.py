@@ -92,7 +92,7 @@ def run_manifest(module: DenoiserModule, data: ImageData, trainer: pl.Trainer) -
         target=module.diffusion.config.target,
         loss_weight=module.loss_weight.name,
         batch_size=data.batch_size * trainer.accumulate_grad_batches,
-        block_channels={f"blocks.{index}": backbone.hidden_size for index in range(len(backbone.blocks))},
+        block_channels=backbone.block_channels,
         routing=None if routing is None else dict(routing),
         parameters=sum(p.numel() for p in backbone.parameters() if p.requires_grad),
         dataset=data.name,

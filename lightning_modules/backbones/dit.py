@@ -6,9 +6,12 @@ State-dict keys are those of the published checkpoints.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_modules.backbones.backbone import Backbone, BranchObserver
 from lightning_modules.backbones.dit_layers import (
     DiTBlock,
     FinalLayer,
@@ -18,12 +21,12 @@ from lightning_modules.backbones.dit_layers import (
     position_embedding,
 )
 from lightning_modules.backbones.presets import DIT_PRESETS, DiTConfig, dit_config
-from lightning_modules.routing import ChannelRouting, masked_block
+from lightning_modules.routing import masked_block
 
 __all__ = ["DIT_PRESETS", "DiT", "DiTConfig", "dit_config"]
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Diffusion transformer.
 
     Attributes:
@@ -33,7 +36,7 @@ class DiT(nn.Module):
         routing: Task routing of the blocks, or None for the plain model; see `lightning_modules.routing.route`.
     """
 
-    routing: ChannelRouting | None
+    config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -72,35 +75,25 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     @property
-    def null_class(self) -> int:
-        """The label that stands for "no class".
+    def block_channels(self) -> dict[str, int]:
+        """Module path of each residual block -> channels that its branches read, in network order."""
+        return {f"blocks.{index}": self.hidden_size for index in range(len(self.blocks))}
 
-        Raises:
-            ValueError: If the model has none.
-        """
-        if not self.config.has_null_class:
-            raise ValueError(
-                "this DiT has no null class, so labels cannot be dropped and guidance is impossible: "
-                "it needs num_classes > 0 and label_dropout > 0"
-            )
-        return self.config.num_classes
+    def observe_branches(self, observer: BranchObserver) -> list[RemovableHandle]:
+        """Shows what each block reads (masked, where it is routed) and what its branches add to that."""
 
-    def drop_labels(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Replaces a share of ``label_dropout`` of the labels by the null class.
+        def listener(name: str) -> Any:
+            def listen(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+                read = args[0].detach().float()
+                observer(name, "input", read)
+                observer(name, "update", output.detach().float() - read)
 
-        Dropping is explicit, never hidden in the forward pass, so that a step can be repeated exactly.
+            return listen
 
-        Args:
-            y: Labels ``(B,)``.
-            generator: Source of randomness on the device of ``y``.
-
-        Returns:
-            Labels ``(B,)``; ``y`` itself where ``label_dropout`` is 0.
-        """
-        if self.config.label_dropout == 0:
-            return y
-        dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.config.label_dropout
-        return torch.where(dropped, self.null_class, y)
+        return [
+            block.register_forward_hook(listener(name))
+            for name, block in zip(self.block_channels, self.blocks, strict=True)
+        ]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts the diffusion's target, and the variance values if ``learn_sigma``.
@@ -116,11 +109,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: If the input's shape is not the configured one, or labels are missing or superfluous.
         """
-        expected = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"this DiT takes inputs of shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
-            )
+        self._check_inputs(x, y)
         tokens = self.x_embedder(x) + self.pos_embed
         conditioning = self._condition(t, y)
         masks = None if self.routing is None else self.routing(t)
@@ -133,16 +122,8 @@ class DiT(nn.Module):
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Conditioning vectors (B, C) of timesteps and labels."""
-        if self.config.num_classes == 0:
-            if y is not None:
-                raise ValueError("this DiT is unconditional (num_classes = 0), but labels y were given")
-            return self.t_embedder(t)
-        if y is None:
-            raise ValueError(
-                f"this DiT is conditional on {self.config.num_classes} classes, but no labels y were given: "
-                "pass null_class for samples without a class"
-            )
-        return self.t_embedder(t) + self.y_embedder(y)
+        conditioning = self.t_embedder(t)
+        return conditioning if y is None else conditioning + self.y_embedder(y)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Patches (B, N, patch_size^2 * C) -> images (B, C, H, W)."""

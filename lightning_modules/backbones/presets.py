@@ -7,13 +7,14 @@ CIFAR's size on a CPU; their patch size 1 is for 8 x 8 images.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+from lightning_modules.backbones.backbone import BackboneConfig, named_config
 from lightning_modules.errors import UserInputError
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(BackboneConfig):
     """Shape of a DiT.
 
     Attributes:
@@ -28,6 +29,7 @@ class DiTConfig:
         label_dropout: Share of labels to replace by the null class in training, in [0, 1). Above 0 the embedding table
             has one more row, for the null class, which classifier-free guidance needs.
         learn_sigma: Whether the model also predicts the variance, in as many further channels.
+        kind: Tells the settings of a DiT from those of other backbones; need not be written.
 
     Raises:
         UserInputError: If a value is out of range or does not fit the others.
@@ -43,11 +45,12 @@ class DiTConfig:
     num_classes: int = 0
     label_dropout: float = 0.1
     learn_sigma: bool = True
+    kind: Literal["dit"] = "dit"
 
     def __post_init__(self) -> None:
-        for field in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
-            if getattr(self, field) < 1:
-                raise UserInputError(f"DiT {field} is {getattr(self, field)}: it must be at least 1")
+        if self.kind != "dit":
+            raise UserInputError(f"backbone kind {self.kind!r} does not fit the settings of a DiT")
+        self._check_positive("DiT", "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
         if self.input_size % self.patch_size:
             raise UserInputError(
                 f"patch_size {self.patch_size} does not divide input_size {self.input_size}: choose a patch size "
@@ -58,20 +61,7 @@ class DiTConfig:
                 raise UserInputError(f"hidden_size {self.hidden_size} must be a multiple of {divisor} ({reason})")
         if int(self.hidden_size * self.mlp_ratio) < 1:
             raise UserInputError(f"mlp_ratio is {self.mlp_ratio}: the MLP needs at least one channel")
-        if self.num_classes < 0:
-            raise UserInputError(f"num_classes is {self.num_classes}: use 0 for an unconditional model")
-        if not 0 <= self.label_dropout < 1:
-            raise UserInputError(f"label_dropout is {self.label_dropout}: it must lie in [0, 1)")
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the model's output."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def has_null_class(self) -> bool:
-        """Whether there is a null class, for label dropout and classifier-free guidance."""
-        return self.num_classes > 0 and self.label_dropout > 0
+        self._check_labels()
 
 
 _SIZES = {
@@ -101,14 +91,4 @@ def dit_config(preset: str, **overrides: Any) -> DiTConfig:
     Raises:
         UserInputError: For an unknown preset or field, a missing field, or a value out of range.
     """
-    if preset not in DIT_PRESETS:
-        raise UserInputError(f"unknown DiT preset {preset!r}: choose one of {', '.join(DIT_PRESETS)}")
-    values: dict[str, Any] = {**DIT_PRESETS[preset], **overrides}
-    fields = dataclasses.fields(DiTConfig)
-    if unknown := sorted(values.keys() - {field.name for field in fields}):
-        known = ", ".join(field.name for field in fields)
-        raise UserInputError(f"unknown DiT setting {', '.join(unknown)}: the settings are {known}")
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if missing := sorted(required - values.keys()):
-        raise UserInputError(f"{preset} needs a value for {', '.join(missing)}")
-    return DiTConfig(**values)
+    return named_config("DiT", DiTConfig, DIT_PRESETS, preset, overrides)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
@@ -24,7 +24,8 @@ class ChannelActivationProbe(pl.Callback):
     """Writes table `CHANNEL_ACTIVATION` and the scalars ``activation/…``.
 
     It listens during a scheduled training step's own forward pass and is not there at other steps. Measured are what a
-    block's residual branches read (``input``: m * z, zero on masked channels) and what they add (``update``).
+    block's residual branches read (``input``: m * z, zero on masked channels) and what they add (``update``). In a
+    U-Net the two may differ in their number of channels and of pixels.
 
     Args:
         every_n_steps: Measure in every n-th step; 0 turns the probe off.
@@ -41,8 +42,7 @@ class ChannelActivationProbe(pl.Callback):
         self.threshold = threshold
         self._handles: list[Any] = []
         self._stance: Any = None
-        self._samples: dict[tuple[str, str], Tensor] = {}
-        self._tokens = 0
+        self._samples: dict[tuple[str, str], tuple[Tensor, int]] = {}
 
     def on_train_batch_start(
         self,
@@ -57,8 +57,7 @@ class ChannelActivationProbe(pl.Callback):
         # A compiled graph does not run hooks that were added after it was traced.
         self._stance = torch.compiler.set_stance("force_eager")
         self._stance.__enter__()
-        for index, block in enumerate(pl_module.backbone.blocks):
-            self._handles.append(block.register_forward_hook(self._listener(f"blocks.{index}")))
+        self._handles = pl_module.backbone.observe_branches(self._observe)
 
     def on_train_batch_end(
         self,
@@ -73,8 +72,8 @@ class ChannelActivationProbe(pl.Callback):
             return
         self._stop()
         moments = {
-            key: trainer.strategy.reduce(self._by_task(pl_module, outputs["t"], sums), reduce_op="sum")
-            for key, sums in self._samples.items()
+            key: trainer.strategy.reduce(self._by_task(pl_module, outputs["t"], *kept), reduce_op="sum")
+            for key, kept in self._samples.items()
         }
         self._samples = {}
         writer = writer_of(trainer)
@@ -92,27 +91,22 @@ class ChannelActivationProbe(pl.Callback):
     def _stop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
+        self._handles = []
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
 
-    def _listener(self, name: str) -> Any:
-        @torch.no_grad()
-        def listen(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
-            read = args[0].detach().float()
-            for site, values in zip(SITES, (read, output.detach().float() - read), strict=True):
-                square = values.square()
-                active = square > self.threshold**2 * square.mean()
-                # Means over tokens, one row per sample: (B, 3, C).
-                self._samples[name, site] = torch.stack([values.mean(1), square.mean(1), active.float().mean(1)], 1)
-            self._tokens = read.shape[1]
+    @torch.no_grad()
+    def _observe(self, block: str, site: str, values: Tensor) -> None:
+        """Keeps the means over the tokens of ``values`` (B, N, C), one row per sample: (B, 3, C), and N."""
+        square = values.square()
+        active = square > self.threshold**2 * square.mean()
+        means = torch.stack([values.mean(1), square.mean(1), active.float().mean(1)], 1)
+        self._samples[block, site] = (means, values.shape[1])
 
-        return listen
-
-    def _by_task(self, module: DenoiserModule, t: Tensor, sums: Tensor) -> Tensor:
+    def _by_task(self, module: DenoiserModule, t: Tensor, means: Tensor, tokens: int) -> Tensor:
         """Sums over samples and tokens per task, (K, 4, C): count, sum, sum of squares, number active."""
-        per_sample = torch.cat([torch.ones_like(sums[:, :1]), sums], dim=1).double() * self._tokens
+        per_sample = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double() * tokens
         total = torch.zeros(
             (module.intervals.num_intervals, *per_sample.shape[1:]), dtype=torch.float64, device=t.device
         )

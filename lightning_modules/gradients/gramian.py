@@ -1,9 +1,9 @@
-"""Inner products between the gradients of groups of samples: what every probe of conflict is made of."""
+"""Inner products between the gradients of groups of samples: what every measure of conflict is made of."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +13,49 @@ from torch import Tensor, nn
 class Gramian:
     """Gramians of the groups' gradients, one per layer.
 
-    A group's gradient is that of the mean loss of its samples. The Gramian of the whole model is ``values.sum(0)``.
+    A group's gradient is that of the mean loss of its samples.
 
     Attributes:
         layers: Names of the modules that own parameters, as in the state dict, length L.
-        values: Inner products (L, G, G); rows and columns of empty groups are zero.
+        values: Inner products (L, G, G), float64; rows and columns of empty groups are zero.
         counts: Samples per group (G,), int64.
-        losses: Mean loss per group (G,); NaN for empty groups.
+        coverage: Share of the trainable parameters for which the inner products are exact.
+        uncovered: Names of the others. They are missing from ``values``, wholly or in part.
     """
 
     layers: tuple[str, ...]
     values: Tensor
     counts: Tensor
-    losses: Tensor
+    coverage: float = 1.0
+    uncovered: tuple[str, ...] = ()
+
+    def total(self) -> Tensor:
+        """The Gramian over all parameters (G, G)."""
+        return self.values.sum(0)
+
+    def by_block(self, blocks: Sequence[str]) -> dict[str, Tensor]:
+        """The Gramian (G, G) of each block, in the order in which the model owns them.
+
+        Args:
+            blocks: Names of blocks, such as ``blocks.0``. Layers outside of them go by the first part of their name.
+        """
+        sums: dict[str, Tensor] = {}
+        for layer, value in zip(self.layers, self.values, strict=True):
+            block = next((b for b in blocks if layer == b or layer.startswith(f"{b}.")), layer.split(".")[0])
+            sums[block] = sums[block] + value if block in sums else value.clone()
+        return sums
 
 
-def split_tasks(task: Tensor, num_tasks: int, halves: int) -> Tensor:
-    """Deals each task's samples out to ``halves`` disjoint groups in turn.
+def layer_of(parameter: str) -> str:
+    """The module that owns a parameter, by the parameter's name; the parameter itself if that is the model."""
+    return parameter.rpartition(".")[0] or parameter
 
-    Args:
-        task: Task of each sample, (B,), in any order.
-        num_tasks: K.
-        halves: 1 or more groups per task.
 
-    Returns:
-        Group of each sample, (B,): ``task * halves + half``.
-    """
-    earlier = nn.functional.one_hot(task, num_tasks).cumsum(0) - 1
-    position = earlier.gather(1, task[:, None]).squeeze(1)
-    return task * halves + position % halves
+def by_layer(names: Sequence[str], values: Tensor) -> tuple[tuple[str, ...], Tensor]:
+    """Layers and their Gramians (L, G, G) from those of parameters (P, G, G)."""
+    layers = tuple(dict.fromkeys(layer_of(name) for name in names))
+    at = torch.tensor([layers.index(layer_of(name)) for name in names], dtype=torch.long, device=values.device)
+    return layers, torch.zeros((len(layers), *values.shape[1:])).to(values).index_add_(0, at, values)
 
 
 def gramian_by_subbatches(
@@ -51,11 +65,10 @@ def gramian_by_subbatches(
     num_groups: int,
     loss_scale: float = 1.0,
 ) -> Gramian:
-    """The Gramian of every layer, by one forward and backward pass per group.
+    """The Gramian of every layer, by one forward and backward pass per group: the slow way, to check the other against.
 
-    Exact and independent of the model's operators. In arithmetic it costs one further training step; small groups use
-    the hardware less well, so in time it costs more (``experiments.benchmarks.overhead`` measures how much). It holds
-    all groups' gradients, G times the parameters, while it runs; ``.grad`` is left alone.
+    Exact, and independent of the model's operators. It holds all groups' gradients, G times the parameters, while it
+    runs; ``.grad`` is left alone.
 
     Args:
         sample_loss: Maps indices (n,) into the batch to the losses of these samples (n,).
@@ -64,29 +77,17 @@ def gramian_by_subbatches(
         num_groups: G.
         loss_scale: Factor on the loss during the backward pass, taken out again, against underflow under fp16.
     """
-    tensors = list(parameters.values())
     counts = torch.bincount(group, minlength=num_groups)
-    losses = torch.full((num_groups,), torch.nan, device=group.device, dtype=tensors[0].dtype)
-    gradients = [
-        torch.zeros((num_groups, tensor.numel()), device=tensor.device, dtype=tensor.dtype) for tensor in tensors
-    ]
+    gradients = [torch.zeros((num_groups, p.numel()), device=p.device, dtype=p.dtype) for p in parameters.values()]
     for index in range(num_groups):
         samples = torch.nonzero(group == index).squeeze(1)
         if len(samples) == 0:
             continue
         loss = sample_loss(samples).mean()
-        losses[index] = loss.detach()
-        parts = torch.autograd.grad(loss * loss_scale, tensors, allow_unused=True)
+        parts = torch.autograd.grad(loss * loss_scale, list(parameters.values()), allow_unused=True)
         for rows, part in zip(gradients, parts, strict=True):
             if part is not None:
                 rows[index] = part.flatten() / loss_scale
-    return _by_layer(list(parameters), gradients, counts, losses)
-
-
-def _by_layer(names: list[str], gradients: list[Tensor], counts: Tensor, losses: Tensor) -> Gramian:
-    layers: dict[str, Tensor] = {}
-    for name, rows in zip(names, gradients, strict=True):
-        layer = name.rpartition(".")[0] or name
-        product = rows @ rows.T
-        layers[layer] = layers[layer] + product if layer in layers else product
-    return Gramian(tuple(layers), torch.stack(list(layers.values())), counts, losses)
+    products = torch.stack([rows @ rows.T for rows in gradients]).double()
+    layers, values = by_layer(list(parameters), products)
+    return Gramian(layers, values, counts)

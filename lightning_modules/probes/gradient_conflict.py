@@ -1,17 +1,18 @@
-"""Probe: inner products between the gradients of the tasks, per layer, on a schedule."""
+"""Probe: inner products between the gradients of the tasks, per layer, from scheduled training steps themselves."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_modules.denoiser import DenoiserModule, NoisedBatch
+from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
-from lightning_modules.gradients.gramian import Gramian, gramian_by_subbatches, split_tasks
+from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
 from lightning_modules.schedule import is_scheduled
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.heatmap import heatmap_image
@@ -21,73 +22,136 @@ from lightning_modules.tracking.records import GRADIENT_GRAMIAN, interval_labels
 class GradientConflictProbe(pl.Callback):
     """Writes table `GRADIENT_GRAMIAN`, the scalars ``conflict/…`` and the heatmap ``conflict_cosine``.
 
-    At a scheduled step it repeats the coming training step (same images, t and noise, same weights) group by group,
-    before the optimizer moves.
+    In a scheduled step it watches the forward and backward pass that training does anyway (`GramianRecorder`): no
+    further pass, and the same gradient up to the order of floating-point sums. A compiled backbone runs eagerly in that
+    step. With gradient accumulation the first batch of a step is measured.
 
     Args:
         every_n_steps: Measure in every n-th step; 0 turns the probe off.
-        halves: Disjoint groups per task. Two or more make products free of sampling noise, at the same cost.
+        halves: Disjoint groups per task. Two or more make products free of sampling noise, at hardly more cost.
         max_heatmaps: At most this many heatmaps a run, evenly spaced: a slider with more is no easier to read, and
             an image costs the store more than all other rows of a measurement.
+        processes: ``"global"``: under several processes the exact Gramian of the whole batch, for an all-reduce of all
+            groups' gradients (``num_intervals * halves`` times a step's usual traffic) in measured steps. ``"local"``:
+            the mean of the processes' own Gramians, without that traffic; off the diagonal it has the same
+            expectation, and the counts it records are those of one process.
     """
 
-    def __init__(self, every_n_steps: int = 200, halves: int = 2, max_heatmaps: int = 100) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 200,
+        halves: int = 2,
+        max_heatmaps: int = 100,
+        processes: Literal["global", "local"] = "global",
+    ) -> None:
         if every_n_steps < 0 or halves < 1 or max_heatmaps < 1:
             raise UserInputError(
                 "gradient_conflict every_n_steps must not be negative (0: off), halves and max_heatmaps at least 1, "
                 f"got {every_n_steps}, {halves} and {max_heatmaps}"
             )
+        if processes not in ("global", "local"):
+            raise UserInputError(f"gradient_conflict processes must be 'global' or 'local', got {processes!r}")
         self.every_n_steps = every_n_steps
         self.halves = halves
         self.max_heatmaps = max_heatmaps
+        self.processes: Literal["global", "local"] = processes
+        self._recorder: GramianRecorder | None = None
+        self._gramian: Gramian | None = None
+        self._group = torch.zeros(0)
+        self._step = 0
+        self._warned = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DenoiserModule, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        """Measures in the steps that the schedule names, before the weights change."""
+        """Starts recording in the steps that the schedule names."""
+        self._stop()
         if not is_scheduled(trainer, batch_idx, self.every_n_steps):
             return
-        gramian = self.measure(trainer, pl_module, pl_module.draw(batch, batch_idx))
-        self._write(trainer, pl_module, gramian)
-
-    def measure(self, trainer: pl.Trainer, module: DenoiserModule, batch: NoisedBatch) -> Gramian:
-        """The Gramian over ``K * halves`` groups; under several processes the mean of theirs."""
-        num_groups = module.intervals.num_intervals * self.halves
-        group = split_tasks(module.intervals.task_of(batch.t), module.intervals.num_intervals, self.halves)
-
-        def sample_loss(rows: Tensor) -> Tensor:
-            y = None if batch.y is None else batch.y[rows]
-            part = NoisedBatch(batch.x0[rows], y, batch.t[rows], batch.noise[rows])
-            with trainer.precision_plugin.forward_context():
-                return module.sample_losses(part).loss
-
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        trained = {name: p for name, p in module.backbone.named_parameters() if p.requires_grad}
-        with torch.compiler.set_stance("force_eager"):  # groups differ in size: compiling each would take minutes
-            result = gramian_by_subbatches(
-                sample_loss, trained, group, num_groups, 1.0 if scaler is None else scaler.get_scale()
-            )
-        return Gramian(
-            result.layers,
-            trainer.strategy.reduce(result.values, reduce_op="mean"),
-            trainer.strategy.reduce(result.counts, reduce_op="sum"),
-            trainer.strategy.reduce(result.losses, reduce_op="mean"),
+        intervals = pl_module.intervals
+        task = intervals.task_of(pl_module.draw_timesteps(len(batch[0]), batch_idx))
+        self._recorder = GramianRecorder(
+            pl_module.backbone,
+            split_tasks(task, intervals.num_intervals, self.halves),
+            intervals.num_intervals * self.halves,
+            scale=self._scale(trainer, pl_module),
+            processes=self.processes,
         )
+        self._step = trainer.global_step + 1
+        self._recorder.__enter__()
 
-    def _write(self, trainer: pl.Trainer, module: DenoiserModule, gramian: Gramian) -> None:
-        writer = writer_of(trainer)
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
+        """Takes the Gramian, before anything changes the gradients."""
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            recorder.__exit__(None, None, None)
+            self._gramian = recorder.result()
+            self._group = recorder.groups.group
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: DenoiserModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes what was measured in this batch."""
+        self._stop()
+        if self._gramian is not None:
+            gramian, self._gramian = self._gramian, None
+            self._warn_if_incomplete(gramian)
+            reduce = trainer.strategy.reduce
+            total = torch.zeros_like(gramian.values[0, 0]).index_add_(
+                0, self._group, outputs["sample_loss"].to(gramian.values)
+            )
+            own = torch.bincount(self._group, minlength=len(total))
+            losses = reduce(total, reduce_op="sum") / reduce(own, reduce_op="sum")
+            if self.processes == "local":
+                counts = reduce(gramian.counts.double(), reduce_op="mean").round().long()
+                values = reduce(gramian.values, reduce_op="mean")
+                gramian = Gramian(gramian.layers, values, counts, gramian.coverage, gramian.uncovered)
+            self._write(trainer, pl_module, gramian, losses)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: DenoiserModule, exception: BaseException) -> None:
+        """Stops recording."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._recorder is not None:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = None
+
+    def _scale(self, trainer: pl.Trainer, module: DenoiserModule) -> Tensor:
+        """Factors (G,) that take out what training multiplies the losses by."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        factor = trainer.accumulate_grad_batches / (1.0 if scaler is None else scaler.get_scale())
+        scale = torch.full((module.intervals.num_intervals,), factor, dtype=torch.float64)
+        if module.interval_config.sampling == "stratified":
+            lowest = torch.tensor(module.intervals.bounds[:-1])
+            scale /= module.intervals.importance(lowest).double()
+        return scale.repeat_interleave(self.halves).to(module.device)
+
+    def _warn_if_incomplete(self, gramian: Gramian) -> None:
+        if gramian.coverage < 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"gradient_conflict covers {gramian.coverage:.1%} of the parameters; it misses gradients of "
+                f"{', '.join(gramian.uncovered)}",
+                stacklevel=2,
+            )
+
+    def _write(self, trainer: pl.Trainer, module: DenoiserModule, gramian: Gramian, losses: Tensor) -> None:
+        writer, step = writer_of(trainer), self._step
         if writer is None:
             return
-        step = trainer.global_step + 1
         values = gramian.values.float().cpu().numpy()
+        if not np.isfinite(values).all():  # overflow under fp16: the scaler skips this step, and so do we
+            return
         layers = len(gramian.layers)
         rows: dict[str, Any] = {
             "step": [step] * layers,
             "layer": list(gramian.layers),
             "halves": [self.halves] * layers,
             "group_count": [gramian.counts.tolist()] * layers,
-            "group_loss": [gramian.losses.tolist()] * layers,
+            "group_loss": [losses.tolist()] * layers,
             "gramian": list(values.reshape(layers, -1)),
+            "coverage": [gramian.coverage] * layers,
         }
         writer.log_rows(GRADIENT_GRAMIAN, rows)
         cosine = task_cosine(values.sum(0, dtype=np.float64), gramian.counts.cpu().numpy(), self.halves)

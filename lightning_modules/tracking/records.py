@@ -60,6 +60,7 @@ TABLES: dict[str, pa.Schema] = {
             ("group_count", pa.list_(pa.int32())),  # (G,) samples
             ("group_loss", pa.list_(pa.float32())),  # (G,) mean training loss
             ("gramian", pa.list_(pa.float32())),  # (G * G,) row major
+            ("coverage", pa.float64()),  # share of the parameters, over all layers, that the products are exact for
         ]
     ),
     # Moments over samples and tokens (or pixels) of what a block reads and writes.

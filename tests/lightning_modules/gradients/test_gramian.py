@@ -4,15 +4,7 @@ import torch
 from torch import nn
 
 from lightning_modules.denoiser import NoisedBatch
-from lightning_modules.gradients.gramian import gramian_by_subbatches, split_tasks
-
-
-def test_halves_are_disjoint_equal_parts_of_each_task():
-    task = torch.tensor([0, 2, 0, 0, 2, 0, 1, 2])
-    group = split_tasks(task, 3, 2)
-    assert torch.equal(group // 2, task)
-    assert group.tolist() == [0, 4, 1, 0, 5, 1, 2, 4]
-    assert torch.equal(split_tasks(task, 3, 1), task)
+from lightning_modules.gradients import gramian_by_subbatches, split_tasks
 
 
 def oracle(losses, parameters, group, num_groups):
@@ -47,8 +39,6 @@ def test_the_gramian_equals_retained_backward_passes(make_denoiser, batch):
         assert (total - expected).abs().max() / expected.abs().max() < 1e-12
         assert (result.values[:, 3] == 0).all()
         assert result.counts.tolist() == [2, 2, 4, 0, 2, 2, 2, 2]
-        assert result.losses[3].isnan()
-        torch.testing.assert_close(result.losses[2], losses[group == 2].mean().detach())
         for index, layer in enumerate(result.layers):
             own = [p for name, p in parameters.items() if name.rpartition(".")[0] == layer]
             expected = oracle(losses, own, group, 8)
@@ -67,4 +57,3 @@ def test_the_loss_scale_cancels():
         for s in (1.0, 1024.0)
     )
     torch.testing.assert_close(plain.values, scaled.values)
-    torch.testing.assert_close(plain.losses, scaled.losses)

@@ -42,12 +42,13 @@ def test_the_groups_gradients_add_up_to_the_training_steps_own_gradient(make_den
             assert got[layer] == pytest.approx(value, rel=1e-3, abs=1e-9), layer
 
 
-def test_measuring_does_not_change_training(make_denoiser, writer, fit):
+def test_measuring_changes_training_by_no_more_than_the_order_of_sums(make_denoiser, writer, fit):
     plain, probed = make_denoiser(), make_denoiser()
-    fit(plain, steps=4)
-    fit(probed, GradientConflictProbe(every_n_steps=1), steps=4)
+    fit(plain, steps=4, precision="64-true")
+    fit(probed, GradientConflictProbe(every_n_steps=1), steps=4, precision="64-true")
+    assert len(writer.metrics) == 4
     for (name, p), q in zip(plain.state_dict().items(), probed.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-11), name
 
 
 def test_scalars_and_heatmap_follow_from_the_gramian(make_denoiser, writer, fit):

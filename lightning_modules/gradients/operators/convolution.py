@@ -1,0 +1,153 @@
+"""Convolutions of any dimension, transposed ones included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lightning_modules.gradients.ledger import Ledger, Operand
+from lightning_modules.gradients.operators.linear import split_weight
+
+if TYPE_CHECKING:
+    from lightning_modules.gradients.recorder import GramianRecorder
+
+Sizes = int | Sequence[int]
+
+
+class ConvolutionOperation:
+    """Splits the gradients of a convolution's weight and bias (p,).
+
+    Args:
+        x: Input (rows, channels, ...), padded where padding is asymmetric.
+        weight: None if it is not trained.
+        bias: None if there is none or it is not trained.
+        geometry: Stride, padding, dilation, whether transposed, output padding, groups, as ATen takes them.
+    """
+
+    def __init__(self, x: Tensor, weight: Operand | None, bias: Operand | None, geometry: tuple[Any, ...]) -> None:
+        self.weight, self.bias = weight, bias
+        self.operands = tuple(operand for operand in (weight, bias) if operand is not None)
+        self.saved: tuple[Tensor, ...] = () if weight is None else (x,)
+        self.geometry = geometry
+
+    def split(self, ledger: Ledger, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+        """See `Operation.split`."""
+        totals: list[Tensor | None] = []
+        if self.weight is not None:
+            (x,) = saved
+            if self._cuts_patches(self.weight.tensor):
+                patches = _patches(x, self.weight.tensor.shape[2:], grad.shape[2:])
+                totals.append(split_weight(ledger, self.weight, grad.flatten(2).transpose(1, 2), patches))
+            else:
+                totals.append(ledger.deliver(self.weight, self._pieces(ledger, x, grad, self.weight.tensor)))
+        if self.bias is not None:
+            totals.append(ledger.deliver(self.bias, [(0, ledger.groups.sum(grad.flatten(2).sum(2)))]))
+        return totals
+
+    def _cuts_patches(self, weight: Tensor) -> bool:
+        """Whether it is a linear layer on patches that do not overlap, as a patch embedding or a 1 x 1 convolution."""
+        stride, padding, dilation, transposed, _, channel_groups = self.geometry
+        return (
+            not transposed
+            and channel_groups == 1
+            and tuple(stride) == tuple(weight.shape[2:])
+            and not any(padding)
+            and all(d == 1 for d in dilation)
+        )
+
+    def _pieces(self, ledger: Ledger, x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+        groups = ledger.groups
+        folded = len(x) // groups.size
+        x, grad = (groups.arrange(t.unflatten(0, (groups.size, folded))).flatten(0, 1) for t in (x, grad))
+        # The weight's values do not matter to its gradient; half precision needs it in the input's type.
+        weight = weight.detach().to(x.dtype)
+        rows = ledger.workspace(groups.num_groups * weight.numel(), x).view(groups.num_groups, -1)
+        if min(groups.counts_list) == 0:
+            rows.zero_()
+        for index, members in groups.slices():
+            part = slice(members.start * folded, members.stop * folded)
+            _, gradient, _ = torch.ops.aten.convolution_backward(
+                grad[part], x[part], weight, None, *self.geometry, [False, True, False]
+            )
+            rows[index] = gradient.flatten()
+        yield 0, rows
+
+
+def _patches(x: Tensor, kernel: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """Patches (rows, positions, channels * kernel size) of x (rows, channels, ...)."""
+    rows, channels = x.shape[:2]
+    if math.prod(kernel) == 1:
+        return x.flatten(2).transpose(1, 2)
+    for dim, (size, count) in enumerate(zip(kernel, grid, strict=True)):
+        x = x.narrow(dim + 2, 0, size * count)  # a remainder that no patch covers
+    split = [length for size, count in zip(kernel, grid, strict=True) for length in (count, size)]
+    dims = len(kernel)
+    x = x.reshape(rows, channels, *split)
+    counts, sizes = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    return x.permute(0, *counts, 1, *sizes).reshape(rows, math.prod(grid), -1)
+
+
+def _plain(recorder: GramianRecorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return not (recorder.is_constant(x) or recorder.batch_dim(x) or recorder.is_foreign(weight, bias))
+
+
+def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def convolution(
+    recorder: GramianRecorder,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Any:
+    """``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d``."""
+    dims = weight.dim() - 2
+    if input.dim() != weight.dim() or not _plain(recorder, input, weight, bias):
+        return NotImplemented
+    x = recorder.autocast(input)
+    dilation = _tuple(dilation, dims)
+    if isinstance(padding, str):
+        extra = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        padding = [e // 2 for e in extra]
+        if any(e % 2 for e in extra):
+            x = F.pad(x, [side for e in reversed(extra) for side in (0, e % 2)])
+    geometry = (_tuple(stride, dims), _tuple(padding, dims), dilation, False, (0,) * dims, groups)
+    output = func(x, weight.detach(), None if bias is None else bias.detach(), *geometry[:3], groups)
+    return recorder.tap(output, ConvolutionOperation(x, recorder.operand(weight), recorder.operand(bias), geometry))
+
+
+def transposed_convolution(
+    recorder: GramianRecorder,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Any:
+    """``torch.nn.functional.conv_transpose1d``, ``conv_transpose2d``, ``conv_transpose3d``."""
+    dims = weight.dim() - 2
+    if input.dim() != weight.dim() or not _plain(recorder, input, weight, bias):
+        return NotImplemented
+    x = recorder.autocast(input)
+    sizes = [_tuple(value, dims) for value in (stride, padding, dilation, output_padding)]
+    geometry = (sizes[0], sizes[1], sizes[2], True, sizes[3], groups)
+    output = func(
+        x, weight.detach(), None if bias is None else bias.detach(), sizes[0], sizes[1], sizes[3], groups, sizes[2]
+    )
+    return recorder.tap(output, ConvolutionOperation(x, recorder.operand(weight), recorder.operand(bias), geometry))

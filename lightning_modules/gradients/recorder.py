@@ -1,0 +1,337 @@
+"""The exact Gramian of every layer from the one backward pass that training does anyway.
+
+For a weight W a training step computes the sum over samples of (output gradient)(input)'. Taken group by group this sum
+gives each group's exact gradient in the same arithmetic; only inner products between the groups are kept, and the parts
+are added up for the optimizer. So there are no further backward passes, and no K copies of the parameters.
+
+`GramianRecorder` watches the operators that a model calls (`torch.overrides.TorchFunctionMode`): no hooks, no patched
+modules, and any model's code as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+
+from lightning_modules.gradients.collectors import Collector, GramianCollector
+from lightning_modules.gradients.gramian import Gramian, by_layer
+from lightning_modules.gradients.groups import Groups
+from lightning_modules.gradients.ledger import Ledger, Operand
+from lightning_modules.gradients.operators import HANDLERS
+from lightning_modules.gradients.operators.general import ELEMENTWISE, elementwise, general
+from lightning_modules.gradients.provenance import Mark, Provenance, tensors_in
+from lightning_modules.gradients.tap import Operation, Tap
+
+_BACKWARD = {torch.Tensor.backward, torch.autograd.backward}
+
+
+class GramianRecorder(TorchFunctionMode):
+    """Records the inner products between groups' gradients during one forward and backward pass.
+
+    ::
+
+        recorder = GramianRecorder(model, group, num_groups)
+        with recorder:
+            loss = loss_per_sample(model(x)).mean()
+            loss.backward()
+        gramian = recorder.result()
+
+    ``.grad`` is what it would be without, up to the order in which floating-point numbers are added. Samples must lie
+    along dimension 0 of the model's inputs (m consecutive rows for each are allowed), and must not influence one
+    another; a batch norm in training mode is refused.
+
+    Args:
+        model: Its trainable parameters are measured.
+        group: Group of each sample (B,), in any order and of any sizes; a batch ordered by group, with groups of equal
+            size, is cheapest.
+        num_groups: G. Groups may be empty.
+        reduction: Whether the loss that is back-propagated is the mean or the sum over the batch.
+        scale: Further factors (G,) that turn a group's part of that loss into its mean loss, such as 1 / s under a
+            gradient scaler with scale s.
+        processes: With several processes, ``"global"`` gives the Gramian of the gradients averaged over processes (one
+            all-reduce of all groups' gradients: G times the traffic of plain training, in this step); ``"local"``
+            leaves each process its own Gramian, over its own samples, at no traffic.
+        retain: Makes several forward and backward passes one measurement (gradient accumulation), by keeping all
+            groups' gradients, G times the parameters, until `result`. Call `regroup` before each further pass.
+        collector: Takes the gradients in place of inner products; `result` is not available then.
+
+    Raises:
+        ValueError: If ``group`` is malformed, or the model has nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Tensor,
+        num_groups: int,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        scale: Tensor | None = None,
+        processes: Literal["global", "local"] = "global",
+        retain: bool = False,
+        collector: Collector | None = None,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if processes not in ("global", "local"):
+            raise ValueError(f"processes must be 'global' or 'local', got {processes!r}")
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("the model has no parameter that requires a gradient, so there is nothing to measure")
+        self.names = tuple(trained)
+        self.groups = Groups(group, num_groups)
+        self._parameters = list(trained.values())
+        self._provenance = Provenance(self._parameters, model.buffers())
+        self._reduction = reduction
+        self._scale = scale
+        self._world = dist.get_world_size() if processes == "global" and dist.is_initialized() else 1
+        self._collector: Collector = collector or GramianCollector(len(trained), num_groups, group.device)
+        self.ledger = Ledger(
+            self._parameters, self.groups, self._collector, retain, self._average if self._world > 1 else None
+        )
+        self._counts = self.groups.counts.clone()
+        self._in_backward = False
+        self._finished = False
+        self._fresh: bool | None = None  # whether there were no gradients before the first backward pass
+        self._half = False
+        self._eager = contextlib.ExitStack()
+
+    def __enter__(self) -> GramianRecorder:
+        """Starts recording. Compiled models run eagerly meanwhile: their operators cannot be seen."""
+        if not self._in_backward:
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stops recording."""
+        super().__exit__(*exception)
+        if not self._in_backward:
+            self._eager.close()
+
+    def regroup(self, group: Tensor) -> None:
+        """Sets the groups of the next pass's samples; only with ``retain``.
+
+        Raises:
+            ValueError: If ``group`` is malformed.
+        """
+        self.groups = self.ledger.groups = Groups(group, self.groups.num_groups)
+        self._counts += self.groups.counts
+
+    def finish(self) -> None:
+        """Ends the measurement: hands what is left to the collector, and the factors that scale it."""
+        if self._finished:
+            return
+        self._finished = True
+        self.ledger.settle()
+        if self._world > 1:
+            dist.all_reduce(self._counts)
+        samples = self._counts.sum() if self._reduction == "mean" else self._counts.new_tensor(1)
+        exact = torch.float32 if self._counts.device.type == "mps" else torch.float64
+        factors = torch.where(self._counts > 0, samples / self._counts.to(exact), 0.0)
+        if self._reduction == "sum":
+            factors = factors * self._world
+        self._collector.finish(factors if self._scale is None else factors * self._scale)
+
+    def result(self) -> Gramian:
+        """The Gramian of every layer, once the backward pass is done and before gradients are reset.
+
+        Raises:
+            TypeError: If another collector took the gradients.
+        """
+        if not isinstance(self._collector, GramianCollector):
+            raise TypeError(f"the gradients went to a {type(self._collector).__name__}: ask it for the result")
+        self.ledger.settle()
+        uncovered = self._uncovered(self._collector.values)
+        self.finish()
+        layers, values = by_layer(self.names, self._collector.values)
+        sizes = [parameter.numel() for parameter in self._parameters]
+        missing = sum(sizes[index] for index in uncovered)
+        return Gramian(
+            layers, values, self._counts, 1 - missing / sum(sizes), tuple(self.names[index] for index in uncovered)
+        )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Sees every call of an operator in between; splits those where a trained parameter meets the batch."""
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            return self._run_backward(func, args, kwargs)
+        tensors = tensors_in(args, kwargs)
+        marks = [self._provenance.of(tensor) for tensor in tensors]
+        if func is nn.functional.batch_norm:
+            refuse_batch_statistics(args, kwargs)
+        if not any(marks):
+            output = func(*args, **kwargs)
+            if tensors:
+                self._provenance.follow_batch(func, tensors, output)
+            elif is_constant_factory(func):
+                self._provenance.mark_outputs(output, Mark((), True))
+            return output
+        params = {index for mark in marks if mark is not None for index in mark.params}
+        samples = any(self._carries_samples(tensor, mark) for tensor, mark in zip(tensors, marks, strict=True))
+        if params and samples:
+            return self._meet(func, args, kwargs, tensors)
+        output = func(*args, **kwargs)
+        if samples:
+            self._provenance.follow_batch(func, tensors, output)
+        else:
+            self._provenance.mark_outputs(output, Mark(tuple(sorted(params)), True))
+        return output
+
+    def _carries_samples(self, tensor: Tensor, mark: Mark | None) -> bool:
+        if mark is not None:
+            return not mark.constant
+        return tensor.dim() > 0 and tensor.shape[0] > 0 and tensor.shape[0] % self.groups.size == 0
+
+    def _meet(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> Any:
+        """Runs an operator in which parameters meet the batch."""
+        if not torch.is_grad_enabled():  # the first forward pass of reentrant checkpointing, which will come again
+            for tensor in tensors:
+                mark = self._provenance.of(tensor)
+                self.expect(() if mark is None else mark.params)
+            return func(*args, **kwargs)
+        handler = HANDLERS.get(func)
+        output = NotImplemented if handler is None else handler(self, func, *args, **kwargs)
+        if output is NotImplemented and func.__name__ in ELEMENTWISE:
+            output = elementwise(self, func, args, kwargs)
+        return general(self, func, args, kwargs) if output is NotImplemented else output
+
+    def operand(self, tensor: Tensor | None) -> Operand | None:
+        """What ``tensor`` stands for, if trained parameters are behind it."""
+        mark = None if tensor is None or not tensor.requires_grad else self._provenance.of(tensor)
+        if mark is None or tensor is None or not mark.params:
+            return None
+        return Operand(tensor, mark.params, tensor is self._parameters[mark.params[0]])
+
+    def is_foreign(self, *tensors: Tensor | None) -> bool:
+        """Whether one of an operator's parameters depends on samples, as in a hypernetwork: it must not be detached."""
+        return any(t is not None and t.requires_grad and self.operand(t) is None for t in tensors)
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is the same for all samples."""
+        mark = self._provenance.of(tensor)
+        return mark is not None and mark.constant
+
+    def batch_dim(self, tensor: Tensor) -> int:
+        """The dimension of ``tensor`` that runs over samples."""
+        mark = self._provenance.of(tensor)
+        return 0 if mark is None else mark.batch_dim
+
+    def autocast(self, x: Tensor) -> Tensor:
+        """``x`` in the precision that autocast would give it, so that it is kept once, not in two precisions."""
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+            return x
+        self._half = True
+        return x.to(torch.get_autocast_dtype(device))
+
+    def tap(self, output: Tensor, operation: Operation) -> Tensor:
+        """``output``, with the operation's gradients split when the backward pass arrives there."""
+        self.expect(index for operand in operation.operands for index in operand.params)
+        tensors = (*operation.saved, *(operand.tensor for operand in operation.operands))
+        return Tap.apply(output, operation, self.ledger, *tensors)
+
+    def expect(self, params: Any) -> None:
+        """Announces a use of parameters. Forward passes that are repeated during the backward pass are none."""
+        if not self._in_backward:
+            self.ledger.expect(params)
+
+    def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The backward pass, under this mode: checkpointing runs parts of the forward pass again in it.
+
+        Any public entry would arrive here once more, hence the engine's own.
+        """
+        tensors, gradients = _roots(func, args, kwargs)
+        inputs = kwargs.get("inputs")
+        inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
+        create_graph = bool(kwargs.get("create_graph"))
+        retain_graph = kwargs.get("retain_graph")
+        if self._fresh is None:
+            self._fresh = all(parameter.grad is None for parameter in self._parameters)
+        outer, self._in_backward = self._in_backward, True
+        try:
+            with self:
+                _engine_run_backward(
+                    tensors,
+                    gradients,
+                    create_graph if retain_graph is None else retain_graph,
+                    create_graph,
+                    inputs,
+                    allow_unreachable=True,
+                    accumulate_grad=True,
+                )
+        finally:
+            self._in_backward = outer
+
+    def _average(self, rows: Tensor) -> None:
+        dist.all_reduce(rows)
+        rows /= self._world
+
+    def _uncovered(self, products: Tensor) -> list[int]:
+        """Parameters whose group gradients are not known to be complete.
+
+        The sum of all products is the squared norm of the whole gradient; if it is not that of ``.grad``, then part of
+        the gradient came by a way that the recorder did not see.
+        """
+        uncovered = set(self.ledger.uncovered)
+        for index, parameter in enumerate(self._parameters):
+            if index not in self.ledger.delivered and (parameter.grad is not None or not self._fresh):
+                uncovered.add(index)
+        if self._fresh and not dist.is_initialized():
+            norms = [None if p.grad is None else p.grad.to(products.dtype).square().sum() for p in self._parameters]
+            zero = products.new_zeros(())
+            expected = torch.stack([zero if norm is None else norm for norm in norms])
+            close = (products.sum((1, 2)) - expected).abs() <= self._tolerance() * products.abs().sum((1, 2))
+            unknown = ~products.isfinite().all(2).all(1)  # overflow, which a gradient scaler deals with
+            uncovered.update(torch.nonzero(~(close | unknown)).flatten().tolist())
+        return sorted(uncovered)
+
+    def _tolerance(self) -> float:
+        if self._half or any(p.dtype in (torch.float16, torch.bfloat16) for p in self._parameters):
+            return 5e-2
+        return 1e-9 if all(p.dtype == torch.float64 for p in self._parameters) else 1e-3
+
+
+def _roots(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Where a backward pass starts, and with what gradients."""
+    given = kwargs.get("gradient" if func is torch.Tensor.backward else "grad_tensors")
+    tensors = (args[0],) if isinstance(args[0], Tensor) else tuple(args[0])
+    gradients = (given,) * len(tensors) if given is None or isinstance(given, Tensor) else tuple(given)
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if gradient is None and tensor.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    return tensors, tuple(
+        torch.ones_like(tensor) if gradient is None else gradient
+        for tensor, gradient in zip(tensors, gradients, strict=True)
+    )
+
+
+def is_constant_factory(func: Any) -> bool:
+    """Whether an operator without tensor arguments makes something that is the same for all samples."""
+    name = getattr(func, "__name__", "")
+    return not name.startswith(("rand", "empty")) and name not in ("normal", "bernoulli")
+
+
+def refuse_batch_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises on a batch norm that uses the batch's statistics.
+
+    Raises:
+        ValueError: Then a sample's loss depends on all samples, and no gradient belongs to a group.
+    """
+    if kwargs.get("training", args[5] if len(args) > 5 else False):
+        raise ValueError(
+            "the model has a batch norm in training mode: it mixes the samples of a batch, so that no gradient belongs "
+            "to one group of them. Use group or layer norm, or put the batch norm in evaluation mode"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -15,6 +16,8 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from experiments.refusals import plain
+from lightning_modules.backbones.build import backbone_config
 from lightning_modules.checkpoint import StepCheckpoint, read_checkpoint
 from lightning_modules.data.digits import DigitsData
 from lightning_modules.data.image_folder import ImageFolderData
@@ -62,6 +65,11 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--resume", type=str | None, default=None, help="Checkpoint to go on from.")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Checks the backbone's settings here, where the reason for a refusal is not lost among types tried."""
+        settings = self.config.model.init_args.backbone
+        backbone_config(settings.get("init_args", settings).as_dict())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer our logger, and the callbacks that need the finished parts."""
@@ -126,6 +134,7 @@ def resume_run(path: str, cli: TrainCLI, logger: TrackingLogger) -> None:
     """
     checkpoint = read_checkpoint(path)
     stored, asked = dict(checkpoint["hyper_parameters"]), dict(cli.model.hparams)
+    stored["backbone"] = dataclasses.asdict(backbone_config(stored["backbone"]))  # older ones name no kind
     stored.update(checkpoint.get(RESUME_KEY, {}))
     asked.update(resume_settings(cli.trainer, cli.datamodule))
     for part in sorted(stored.keys() | asked.keys()):
@@ -195,26 +204,7 @@ def _configure(argv: Sequence[str]) -> TrainCLI:
     except UserInputError:
         raise
     except (ArgumentError, ValueError, TypeError, AttributeError, ImportError, MisconfigurationException) as error:
-        raise UserInputError(_plain(error)) from error
-
-
-def _plain(error: BaseException) -> str:
-    """What a configuration error says, without the parser's account of all types it tried.
-
-    Our own messages are found among the causes; of the parser's only the lines that name a key or a fault are kept.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserInputError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(noise)]
-    return (
-        "\n  ".join(kept)
-        + "\n`dtr-lab train --help` lists the options, `--print_config` prints the whole configuration"
-    )
+        raise UserInputError(plain(error)) from error
 
 
 def quieten() -> None:

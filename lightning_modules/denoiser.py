@@ -53,7 +53,8 @@ class DenoiserModule(pl.LightningModule):
     def __init__(
         self,
         backbone: DiTConfig | UNetConfig,
-        routing: MaskConfig | None,
+        # Not called routing: the parser hands defaults over to derived classes by name, and DTRModule's is not None.
+        routing_config: MaskConfig | None,
         diffusion: DiffusionConfig,
         loss_weight: LossWeightConfig,
         intervals: IntervalConfig,
@@ -77,11 +78,11 @@ class DenoiserModule(pl.LightningModule):
                 "optimization": dataclasses.asdict(optimization),
                 "validation": dataclasses.asdict(validation),
                 "seed": seed,
-                **({} if routing is None else {"routing": dataclasses.asdict(routing)}),
+                **({} if routing_config is None else {"routing": dataclasses.asdict(routing_config)}),
             },
             logger=False,
         )
-        self.routing_config = routing
+        self.routing_config = routing_config
         self.loss_weight = loss_weight
         self.interval_config = intervals
         self.optimization = optimization
@@ -92,8 +93,8 @@ class DenoiserModule(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.backbone = build_backbone(backbone)
-        if routing is not None:
-            route(self.backbone, routing, self.diffusion.num_timesteps)
+        if routing_config is not None:
+            route(self.backbone, routing_config, self.diffusion.num_timesteps)
         self.ema = averaged_copy(self.backbone, optimization.ema_decay)
         self._recent_losses: list[Tensor] = []
         self.validation_moments = torch.zeros(0)

@@ -37,6 +37,7 @@ class Groups:
         num_groups: G.
         counts: Samples per group (G,), int64; ``counts_list`` as numbers.
         equal: Whether all groups have the same number of samples.
+        ordered: Whether the samples of a group are next to one another, in the order of the groups.
 
     Raises:
         ValueError: If ``group`` is not a vector of integers from 0 to G - 1.
@@ -55,8 +56,8 @@ class Groups:
         self.counts = torch.bincount(group, minlength=num_groups)
         self.counts_list: list[int] = self.counts.tolist()
         self.equal = len(set(self.counts_list)) == 1
-        ordered = bool((group[1:] >= group[:-1]).all())
-        self._order = None if ordered else group.argsort(stable=True)
+        self.ordered = bool((group[1:] >= group[:-1]).all())
+        self._order = None if self.ordered else group.argsort(stable=True)
         self.group = group
         self._members: dict[torch.dtype, Tensor] = {}
 

@@ -50,10 +50,11 @@ class ConvolutionOperation:
         return totals
 
     def _cuts_patches(self, weight: Tensor) -> bool:
-        """Whether it is a linear layer on patches that do not overlap, as a patch embedding or a 1 x 1 convolution."""
+        """Whether it is a linear layer on patches that do not overlap, as a patch embedding."""
         stride, padding, dilation, transposed, _, channel_groups = self.geometry
         return (
             not transposed
+            and weight[0, 0].numel() > 1
             and channel_groups == 1
             and tuple(stride) == tuple(weight.shape[2:])
             and not any(padding)
@@ -81,8 +82,6 @@ class ConvolutionOperation:
 def _patches(x: Tensor, kernel: Sequence[int], grid: Sequence[int]) -> Tensor:
     """Patches (rows, positions, channels * kernel size) of x (rows, channels, ...)."""
     rows, channels = x.shape[:2]
-    if math.prod(kernel) == 1:
-        return x.flatten(2).transpose(1, 2)
     for dim, (size, count) in enumerate(zip(kernel, grid, strict=True)):
         x = x.narrow(dim + 2, 0, size * count)  # a remainder that no patch covers
     split = [length for size, count in zip(kernel, grid, strict=True) for length in (count, size)]

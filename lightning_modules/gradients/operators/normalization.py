@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_modules.gradients.ledger import Ledger, Operand
@@ -61,6 +62,51 @@ class NormalizationOperation:
                 values = values.movedim(self.batch_dim, 0)
             return ledger.groups.sum(values.reshape(-1, math.prod(values.shape[-self.trailing :])))
         return ledger.groups.sum(values.flatten(2).sum(2) if values.dim() > 2 else values)
+
+
+class GroupNormOperation:
+    """Splits the gradients of a group norm's scale and shift by its own backward kernel, one group at a time.
+
+    Args:
+        x: Input (rows, channels, ...), ordered by group.
+        scale: None if it is not trained.
+        shift: None if it is not trained.
+        statistics: Mean and reciprocal standard deviation of the forward pass, and the scale's values.
+        sizes: Channels, positions, groups of channels.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        scale: Operand | None,
+        shift: Operand | None,
+        statistics: tuple[Tensor, Tensor, Tensor],
+        sizes: tuple[int, int, int],
+    ) -> None:
+        self.owners = (scale, shift)
+        self.operands = tuple(operand for operand in self.owners if operand is not None)
+        self.saved: tuple[Tensor, ...] = (x, *statistics)
+        self.sizes = sizes
+
+    def split(self, ledger: Ledger, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+        """See `Operation.split`."""
+        x, mean, rstd, weight = saved
+        groups, folded = ledger.groups, len(x) // ledger.groups.size
+        grad = grad.contiguous()
+        rows = grad.new_zeros((2, groups.num_groups, self.sizes[0]))
+        for index, members in groups.slices():
+            part = slice(members.start * folded, members.stop * folded)
+            _, rows[0, index], rows[1, index] = torch.ops.aten.native_group_norm_backward(
+                grad[part],
+                x[part],
+                mean[part],
+                rstd[part],
+                weight,
+                (members.stop - members.start) * folded,
+                *self.sizes,
+                [False, True, True],
+            )
+        return [ledger.deliver(operand, [(0, own)]) for operand, own in zip(self.owners, rows, strict=True) if operand]
 
 
 def _full(x: Tensor) -> Tensor:
@@ -126,14 +172,16 @@ def group_norm(
     """``torch.nn.functional.group_norm``."""
     if not _plain(recorder, input, 1, weight, bias):
         return NotImplemented
+    scale, shift = recorder.operand(weight), recorder.operand(bias)
+    fused = input.is_contiguous() and recorder.groups.ordered and not torch.is_autocast_enabled(input.device.type)
+    if weight is not None and bias is not None and fused:
+        rows, channels = input.shape[:2]
+        sizes = (channels, input[0, 0].numel(), num_groups)
+        output, mean, rstd = torch.native_group_norm(input, weight.detach(), bias.detach(), rows, *sizes, eps)
+        statistics = (mean.detach(), rstd.detach(), weight.detach())
+        return recorder.tap(output, GroupNormOperation(input, scale, shift, statistics, sizes))
     output = func(input, num_groups, _detached(weight), _detached(bias), eps)
-    operation = NormalizationOperation(
-        input,
-        recorder.operand(weight),
-        recorder.operand(bias),
-        lambda x: func(x, num_groups, None, None, eps),
-        0,
-    )
+    operation = NormalizationOperation(input, scale, shift, lambda x: func(x, num_groups, None, None, eps), 0)
     return recorder.tap(output, operation)
 
 

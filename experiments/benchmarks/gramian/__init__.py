@@ -1,0 +1,1 @@
+"""What the Gramian of K timestep intervals costs a training step, ours and others' ways; see ``__main__``."""

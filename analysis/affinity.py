@@ -13,8 +13,9 @@ import numpy.typing as npt
 import xarray as xr
 from scipy import stats
 
-from analysis.conflict import corrected_cosine, cosine, task_gramian
-from analysis.gramians import Level, measured_gramian, sum_layers
+from analysis.conflict import corrected_cosine, plain_cosine
+from analysis.gramians import Level, run_gramian
+from analysis.update import first_order_tag
 
 
 def gradient_affinity(run: xr.Dataset, *, corrected: bool = True, level: Level = "total") -> xr.DataArray:
@@ -32,12 +33,32 @@ def gradient_affinity(run: xr.Dataset, *, corrected: bool = True, level: Level =
     Raises:
         UserInputError: If the run has no gradient probes.
     """
-    gramian = sum_layers(measured_gramian(run), level, [str(name) for name in run.coords.get("block", [])])
-    if corrected:
-        matrix = corrected_cosine(gramian, run["group_count"])["cosine"]
-    else:
-        matrix = cosine(task_gramian(gramian, run["group_count"]).mean("gradient_step"))
+    gramian = run_gramian(run, level)
+    measure = corrected_cosine if corrected else plain_cosine
+    matrix = measure(gramian, run["group_count"])["cosine"]
     return matrix.rename("gradient affinity").assign_attrs(long_name="gradient cosine", corrected=corrected)
+
+
+def tag_affinity(run: xr.Dataset, learning_rate: float | xr.DataArray, *, level: Level = "total") -> xr.DataArray:
+    """Task affinity grouping to first order: the share of a task's loss that a step on another removes.
+
+    Unlike `gradient_affinity` it is directed and knows how large gradients and losses are: an interval with large
+    gradients moves all others, and intervals with small losses are moved most.
+
+    Args:
+        run: A run with gradient probes.
+        learning_rate: Of plain gradient descent; one number or one for every probe (gradient_step).
+        level: Over all parameters, or the part that each block or layer contributes.
+
+    Returns:
+        (task, other_task), from task to other_task, or with a leading ``block`` or ``layer``.
+
+    Raises:
+        UserInputError: If the run has no gradient probes.
+    """
+    gramian = run_gramian(run, level)
+    found = first_order_tag(gramian, run["group_count"], run["group_loss"], learning_rate)
+    return found["affinity"].rename("TAG affinity").assign_attrs(long_name="relative decrease of the loss")
 
 
 def mask_overlap(run: xr.Dataset) -> xr.DataArray:

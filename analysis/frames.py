@@ -9,8 +9,8 @@ import pandas as pd
 import xarray as xr
 
 from analysis.activations import effective_channels
-from analysis.conflict import conflict_rate, task_gramian
-from analysis.gramians import sum_layers
+from analysis.gramians import run_gramian
+from analysis.significance import conflict_rate
 from lightning_modules.tracking.records import RunManifest
 
 VAL_LOSS = "loss/val"
@@ -104,7 +104,7 @@ def run_curves(run: xr.Dataset) -> dict[str, xr.DataArray]:
     if "train_loss" in run:
         curves[TRAIN_LOSS] = uniform_loss(run, "train")
     if "gramian" in run:
-        curves[CONFLICT_RATE] = conflict_rate(_total_gramian(run))["by_step"]
+        curves[CONFLICT_RATE] = _conflict_rate(run)["by_step"]
     if "activation_mean_square" in run:
         effective = effective_channels(run["activation_mean_square"].sel(site="input"))
         curves[EFFECTIVE_CHANNELS] = effective.mean(("block", "task"))
@@ -133,7 +133,7 @@ def _run_row(run: xr.Dataset) -> dict[str, object]:
         row["step"] = int(run["val_step"][-1])
         row["val_loss"] = float(uniform_loss(last, "val"))
         row["low_noise"], row["high_noise"] = float(by_quarter[0]), float(by_quarter[-1])
-    conflict = conflict_rate(_total_gramian(run)) if "gramian" in run else None
+    conflict = _conflict_rate(run) if "gramian" in run else None
     row["conflict_rate"] = np.nan if conflict is None else float(conflict["rate"])
     row["conflict_rate_error"] = np.nan if conflict is None else float(conflict["standard_error"])
     return row
@@ -163,5 +163,5 @@ def interval_changes(losses: pd.DataFrame, reference: str) -> pd.DataFrame:
     return paired.loc[:, ["method", "seed", "task", "change", "mean"]]
 
 
-def _total_gramian(run: xr.Dataset) -> xr.DataArray:
-    return task_gramian(sum_layers(run["gramian"], "total"), run["group_count"])
+def _conflict_rate(run: xr.Dataset) -> xr.Dataset:
+    return conflict_rate(run_gramian(run), run["group_count"])

@@ -119,6 +119,16 @@ def measured_gramian(run: xr.Dataset) -> xr.DataArray:
     return run["gramian"]
 
 
+def run_gramian(run: xr.Dataset, level: Level = "total") -> xr.DataArray:
+    """The Gramians of a run at a level, its residual blocks by name.
+
+    Raises:
+        UserInputError: If it has no gradient probes.
+    """
+    blocks = [str(name) for name in run["block"].values] if "block" in run.coords else []
+    return sum_layers(measured_gramian(run), level, blocks)
+
+
 def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) -> xr.DataArray:
     """Adds up the Gramians of layers: a Gramian over more parameters is the sum of those over disjoint parts.
 
@@ -161,8 +171,7 @@ def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.Da
     Raises:
         UserInputError: If a run has no gradient probes.
     """
-    blocks = [str(name) for name in runs[0].coords.get("block", [])]
-    gramians = [sum_layers(measured_gramian(run), level, blocks) for run in runs]
+    gramians = [run_gramian(run, level) for run in runs]
     counts = [run["group_count"] for run in runs]
     of_run = np.repeat(np.arange(len(runs)), [count.sizes[STEP] for count in counts])
     return (

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from analysis.conflict import NOISE_NULL
 from analysis.convergence import paired_difference, speed_up, steps_to_baseline
 from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS
 from analysis.methods import method_name, ordered, reference_method
+from analysis.significance import NOISE_NULL
 from analysis.uncertainty import FEW_SEEDS, seed_warning
 from lightning_modules.tracking.records import RunManifest
 
@@ -247,6 +247,10 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
         routings = [{**(m["routing"] or {}), "seed": 0} for m in manifests if m["method"] == method]
         if len({repr(sorted(routing.items())) for routing in routings}) > 1:
             found.append(f"Runs of {method_name(method)} differ in their routing parameters, not only in their seed.")
+    partial = {run.attrs["name"]: float(run["coverage"].min()) for run in runs if "coverage" in run}
+    if any(share < 1 for share in partial.values()):
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in partial.items() if share < 1)
+        found.append(f"Gradient conflict was not measured in all parameters, only in this share of them: {listed}.")
     steps = {run.attrs["name"]: int(run["val_step"][-1]) for run in runs if "val_step" in run.coords}
     if len(set(steps.values())) > 1:
         found.append(f"Runs end at different steps ({min(steps.values()):,} to {max(steps.values()):,}).")

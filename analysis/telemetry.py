@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xarray as xr
 
-from analysis.gramians import gramian_arrays, task_coordinates
+from analysis.gramians import STEP, gramian_arrays, task_coordinates
 from analysis.shards import Shard, codes, list_shards, read_manifest, stack_lists
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
@@ -51,7 +51,7 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         - ``train_timestep_loss`` (moment, quantity, timestep), pooled over all steps; ``val_timestep_loss``, of the
           last validation.
         - ``gramian`` (gradient_step, layer, task, half, other_task, other_half), ``group_count`` and ``group_loss``
-          (gradient_step, task, half).
+          (gradient_step, task, half), and ``coverage`` (gradient_step): the share of parameters that they are exact for.
         - ``activation_mean``, ``activation_mean_square``, ``activation_active_fraction``
           (activation_step, block, site, task, channel) and ``activation_count`` (without channel). Blocks with fewer
           channels than the widest are filled with NaN.
@@ -184,13 +184,16 @@ def _read_gramians(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset
     gramian = np.full((len(steps), len(layers), groups, groups), np.nan, dtype=np.float32)
     count = np.zeros((len(steps), groups), dtype=np.int64)
     loss = np.full((len(steps), groups), np.nan)
+    coverage = np.ones(len(steps))  # of tables from before the column: their Gramians were complete
     for path, table in tables:
         at = np.searchsorted(steps, table["step"].to_numpy())
         layer = codes(table["layer"], layers, path)
         gramian[at, layer] = stack_lists(table, "gramian", path, groups**2).reshape(-1, groups, groups)
         count[at] = stack_lists(table, "group_count", path, groups)
         loss[at] = stack_lists(table, "group_loss", path, groups)
-    return gramian_arrays(
+        if "coverage" in table.column_names:
+            coverage[at] = table["coverage"].to_numpy()
+    arrays = gramian_arrays(
         gramian,
         count,
         layers=layers,
@@ -200,6 +203,7 @@ def _read_gramians(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset
         steps=steps.tolist(),
         log_snr=manifest.log_snr,
     )
+    return arrays.assign(coverage=(STEP, coverage))
 
 
 def _read_activations(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -62,21 +64,27 @@ def draw_matrix(
     """
     values = matrix.values
     image = ax.imshow(values, cmap=cmap, vmin=vmin, vmax=vmax, interpolation="nearest")
-    size = len(values)
     for row, column in np.argwhere(np.isnan(values)):
         hatch_cell(ax, row, column)
-    if annotate and size <= _MAX_ANNOTATED:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                red, green, blue, _ = image.cmap(image.norm(value))
-                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                colour = "white" if dark else "black"
-                ax.text(column, row, _short(value), ha="center", va="center", fontsize=7, color=colour)
+    if annotate:
+        write_cells(ax, image, values)
     label_intervals(ax, matrix, "y")
     label_intervals(ax, matrix, "x")
     sns.despine(ax=ax, left=True, bottom=True)
     if colorbar:
         ax.figure.colorbar(image, ax=ax, shrink=0.85, pad=0.02)
+
+
+def write_cells(ax: Axes, image: AxesImage, values: npt.NDArray[np.float64]) -> None:
+    """Writes into each cell its value, while there are few enough cells in a row to read."""
+    if values.shape[1] > _MAX_ANNOTATED:
+        return
+    colours = image.to_rgba(values)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = colours[row, column]
+            colour = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+            ax.text(column, row, _short(value), ha="center", va="center", fontsize=7, color=colour)
 
 
 def hatch_cell(ax: Axes, row: int, column: int) -> None:
@@ -92,7 +100,7 @@ def grey_diagonal(ax: Axes, size: int) -> None:
 
 
 def label_intervals(ax: Axes, tasks: xr.DataArray | xr.Dataset, axis: str, *, log_snr: bool = True) -> None:
-    """Names the tasks 0 ... K - 1 along an axis by their interval in t; on x, log-SNR goes on a second axis above."""
+    """Names the tasks 0 ... K - 1 along an axis by their interval in t; on x, log-SNR, if known, stands above."""
     every = -(-tasks.sizes["task"] // _MAX_LABELS)
     at = np.arange(0, tasks.sizes["task"], every)
     labels = [str(label).removeprefix("t") for label in tasks["interval"].values[at]]
@@ -102,7 +110,7 @@ def label_intervals(ax: Axes, tasks: xr.DataArray | xr.Dataset, axis: str, *, lo
         return
     ax.set_xticks(at, labels, rotation=90, fontsize=8)
     ax.set_xlabel("timesteps t  (noise increases →)")
-    if log_snr:
+    if log_snr and "log_snr" in tasks.coords:
         top = ax.secondary_xaxis("top")
         top.set_xticks(at, [f"{value:.1f}" for value in tasks["log_snr"].values[at]], fontsize=7)
         top.set_xlabel("log-SNR", fontsize=8)

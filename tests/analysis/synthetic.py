@@ -134,6 +134,7 @@ def gramian_columns(rng: np.random.Generator, step: int, samples: int = 8, noise
         "group_count": [count.tolist()] * len(LAYERS),
         "group_loss": [np.linspace(0.5, 0.1, K * HALVES).tolist()] * len(LAYERS),
         "gramian": [gramian.ravel().tolist() for gramian in gramians],
+        "coverage": [1.0] * len(LAYERS),
     }
 
 

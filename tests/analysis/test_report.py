@@ -43,7 +43,7 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(page):
     parser.feed(html)
     assert parser.open == []
     sources = re.findall(r"""(?:src|href)=["']?([^"'\s>]{0,30})""", html)
-    assert len(sources) == len(figures) == 7
+    assert len(sources) == len(figures) == 11
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     without_images = re.sub(r"base64,[^\"]*", "", html)
     assert not re.search(r"https?:|url\(|@import|<script|<link", without_images)
@@ -76,7 +76,7 @@ def test_warnings_and_one_method(runs):
     html, figures = rendered(runs[:1], Verdict(["nothing to say"], ["only <one> run"]))
     assert "only &lt;one&gt; run" in html
     assert "Before you believe it" in html
-    assert len(figures) == 6  # no routed run, hence no mask overlap
+    assert len(figures) == 10  # no routed run, hence no mask overlap
 
 
 def test_runs_without_probes_have_fewer_figures(runs):

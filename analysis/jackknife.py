@@ -1,0 +1,225 @@
+"""Ratios of averages over probes, with standard errors from leaving out parts of the data.
+
+Every statistic here is a smooth function of averages over probes: numerators and denominators are averaged *before*
+they are divided (the average of noisy ratios is biased and may have no variance). Its error comes from the jackknife
+that deletes one unit at a time (Busing, Meijer and van der Leeden, Statistics and Computing 9, 1999: delete-m_j, for
+units of unequal size). A unit is
+
+- for ``errors="probes"``, a batch of consecutive probes of one run, at most `MAX_UNITS` in all, so that probes that
+  resemble their neighbours do not count as independent (batch means, Schmeiser, Operations Research 30, 1982). With no
+  more probes than that, each is a unit of its own and probes are taken as independent: their samples are. A drift over
+  training goes into the error, which makes it too wide rather than too narrow. The error is conditional on the networks
+  at hand.
+- for ``errors="runs"``, a whole run: the only error that speaks about other seeds. It needs two runs, better five.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+from scipy import stats
+
+from analysis.gramians import STEP
+from analysis.moments import MOMENTS, labelled, moments_of, plain_arrays
+from lightning_modules.errors import UserInputError
+
+Errors = Literal["probes", "runs"]
+Statistic = Callable[[xr.Dataset], xr.DataArray]
+
+MAX_UNITS = 32
+"""Batches of probes in all: enough for Student's t to be near normal, long enough to outlast autocorrelation."""
+SIGNAL_ERRORS = 2.0
+"""A squared norm counts as distinct from zero beyond this many standard errors (or Student's t of the same p)."""
+_UNIT = "unit"
+_CHUNK_BYTES = 2**25
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledProbes:
+    """Sums over units of probes.
+
+    Attributes:
+        sums: Of each quantity (unit, ...).
+        numbers: Probes behind each of them (unit, ...).
+        probes: (U,) probes of each unit.
+        run: (U,) run of each unit.
+    """
+
+    sums: xr.Dataset
+    numbers: xr.Dataset
+    probes: npt.NDArray[np.int64]
+    run: npt.NDArray[np.int64]
+
+    @property
+    def means(self) -> xr.Dataset:
+        """The averages over all probes."""
+        return _ratio(self.sums.sum(_UNIT), self.numbers.sum(_UNIT))
+
+    @property
+    def runs(self) -> int:
+        """Number of runs behind the probes."""
+        return len(np.unique(self.run))
+
+    def estimate(self, name: str, statistic: Statistic, errors: Errors = "probes") -> xr.Dataset:
+        """A statistic of the averages over probes, with its standard error.
+
+        Args:
+            name: Of the statistic.
+            statistic: From averages (a Dataset, maybe with a further dimension ``unit``) to the statistic.
+            errors: What the error allows to vary, see the module.
+
+        Returns:
+            ``name`` and ``standard_error``, with the attributes ``units`` (Student's t of the estimate has one degree
+            of freedom fewer), ``runs`` and ``errors``. The error is NaN for a single unit.
+
+        Raises:
+            UserInputError: If errors over runs are asked for and there is one run.
+        """
+        pool = self if errors == "probes" else self._by_run()
+        value = statistic(pool.means)
+        error = pool._standard_error(value, statistic)
+        attrs = {"units": len(pool.probes), "runs": self.runs, "errors": errors}
+        return xr.Dataset({name: value, "standard_error": error.transpose(*value.dims)}, attrs=attrs)
+
+    def is_positive(self, statistic: Statistic) -> xr.DataArray:
+        """Whether a statistic is more than `SIGNAL_ERRORS` standard errors (over probes) above zero; False if unknown.
+
+        The bound is Student's t at the same probability, so few probes do not pass by luck.
+        """
+        return self.signal(statistic) > signal_threshold(len(self.probes))
+
+    def signal(self, statistic: Statistic) -> xr.DataArray:
+        """A statistic in units of its standard error over probes."""
+        found = self.estimate("value", statistic)
+        return found["value"] / found["standard_error"].where(found["standard_error"] > 0)
+
+    def _by_run(self) -> PooledProbes:
+        names, place = np.unique(self.run, return_inverse=True)
+        if len(names) < 2:
+            raise UserInputError(
+                "errors over runs need at least two runs, and these probes come from one: pool several seeds "
+                "(`gramians.pool_runs`), or take errors over probes, which speak about this network only"
+            )
+        of_unit = xr.DataArray(place, dims=_UNIT, name="of_run")
+        return PooledProbes(
+            self.sums.groupby(of_unit).sum().rename(of_run=_UNIT),
+            self.numbers.groupby(of_unit).sum().rename(of_run=_UNIT),
+            np.bincount(place, self.probes).astype(np.int64),
+            names,
+        )
+
+    def _standard_error(self, value: xr.DataArray, statistic: Statistic) -> xr.DataArray:
+        units = len(self.probes)
+        if units < 2:
+            return xr.full_like(value, np.nan)
+        without = statistic(_ratio(self.sums.sum(_UNIT) - self.sums, self.numbers.sum(_UNIT) - self.numbers))
+        inverse_share = xr.DataArray(self.probes.sum() / self.probes, dims=_UNIT)
+        pseudo = inverse_share * value - (inverse_share - 1) * without
+        centre = (pseudo / inverse_share).sum(_UNIT, skipna=False)
+        return (((pseudo - centre) ** 2 / (inverse_share - 1)).sum(_UNIT, skipna=False) / units) ** 0.5
+
+
+def half_width(estimate: xr.Dataset, level: float = 0.95) -> xr.DataArray:
+    """Half the width of Student's t-interval around an estimate, from its standard error and number of units."""
+    units = estimate.attrs["units"]
+    return estimate["standard_error"] * (stats.t.ppf((1 + level) / 2, units - 1) if units > 1 else np.nan)
+
+
+def signal_threshold(units: int) -> float:
+    """Quantile of Student's t for this many units that is as rare as `SIGNAL_ERRORS` normal standard errors."""
+    return float(stats.t.ppf(stats.norm.cdf(SIGNAL_ERRORS), units - 1)) if units > 1 else np.inf
+
+
+def pool_probes(
+    gramian: xr.DataArray,
+    count: xr.DataArray,
+    *,
+    halved: bool = True,
+    series: Mapping[str, xr.DataArray] | None = None,
+) -> PooledProbes:
+    """Sums the moments of all probes over units, without holding those of every probe at once.
+
+    Args:
+        gramian: (gradient_step, ..., task, half, other_task, other_half), with the coordinate ``run`` if pooled.
+        count: (gradient_step, task, half).
+        halved: Whether the squared norms are needed, hence two halves.
+        series: Further quantities (gradient_step, ...) to average over the same probes.
+
+    Returns:
+        Sums of `moments.probe_moments` and of ``series``.
+
+    Raises:
+        ValueError: If halves are needed and there is one per task.
+    """
+    if halved and gramian.sizes["half"] < 2:
+        raise ValueError("the Gramian has one half per task: noise correction needs probes with at least two halves")
+    values, counts, lead = plain_arrays(gramian, count)
+    unit, run = _units(gramian)
+    num_units, size = int(unit[-1]) + 1, values[0].size
+    sums: dict[str, npt.NDArray] = {}
+    numbers: dict[str, npt.NDArray] = {}
+    for rows, at in _chunks(unit, max(1, _CHUNK_BYTES // (8 * size))):
+        for name, array in zip(MOMENTS, moments_of(values[rows], counts[rows]), strict=True):
+            known = np.isfinite(array)
+            sums.setdefault(name, np.zeros((num_units, *array.shape[1:])))[at] += np.where(known, array, 0.0).sum(0)
+            numbers.setdefault(name, np.zeros((num_units, *array.shape[1:])))[at] += known.sum(0)
+    shape = [num_units, *(gramian.sizes[dim] for dim in lead)]
+    total, number = (
+        xr.Dataset(
+            {name: labelled(a.reshape(*shape, *a.shape[2:]), (_UNIT, *lead), gramian) for name, a in arrays.items()}
+        )
+        for arrays in (sums, numbers)
+    )
+    pool = PooledProbes(total, number, np.bincount(unit), run)
+    if series is None:
+        return pool
+    more = pool_series(xr.Dataset(series), gramian)
+    return dataclasses.replace(
+        pool, sums=pool.sums.assign(more.sums.data_vars), numbers=pool.numbers.assign(more.numbers.data_vars)
+    )
+
+
+def pool_series(values: xr.Dataset, probes: xr.DataArray) -> PooledProbes:
+    """Sums of quantities (gradient_step, ...) over units; ``probes`` has the coordinate ``run`` if they are pooled."""
+    unit, run = _units(probes)
+    of_unit = xr.DataArray(unit, dims=STEP, name=_UNIT)
+    plain = values.drop_vars([name for name, coord in values.coords.items() if STEP in coord.dims])
+    known = plain.notnull()
+    return PooledProbes(
+        plain.where(known, 0.0).groupby(of_unit).sum().drop_vars(_UNIT),
+        known.astype(float).groupby(of_unit).sum().drop_vars(_UNIT),
+        np.bincount(unit),
+        run,
+    )
+
+
+def _units(probes: xr.DataArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Unit of each probe, counted up along the probes, and the run of each unit."""
+    run = probes["run"].values if "run" in probes.coords else np.zeros(probes.sizes[STEP], dtype=np.int64)
+    starts = np.flatnonzero(np.r_[True, run[1:] != run[:-1]])
+    most = max(1, MAX_UNITS // len(starts))
+    unit, of_run, used = [], [], 0
+    for length, start in zip(np.diff(np.r_[starts, len(run)]), starts, strict=True):
+        batches = min(most, length)
+        unit.append(used + np.arange(length) * batches // length)
+        of_run += [run[start]] * batches
+        used += batches
+    return np.concatenate(unit), np.asarray(of_run)
+
+
+def _chunks(unit: npt.NDArray[np.int64], longest: int) -> Iterable[tuple[slice, int]]:
+    """Pieces of at most so many consecutive probes of one unit."""
+    edges = np.r_[np.flatnonzero(np.r_[True, unit[1:] != unit[:-1]]), len(unit)]
+    for low, high in itertools.pairwise(edges):
+        for start in range(low, high, longest):
+            yield slice(start, min(start + longest, high)), int(unit[low])
+
+
+def _ratio(sums: xr.Dataset, numbers: xr.Dataset) -> xr.Dataset:
+    return sums / numbers.where(numbers > 0)

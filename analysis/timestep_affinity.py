@@ -10,10 +10,12 @@ else. With so few samples for each of T timesteps, noise dominates; hence
   covariance of m. One such estimate is very noisy, their mean over all pairs of a timestep is not. Likewise
   4 <m_k, d_k>^2 estimates the variance of <a_k, b_k>;
 - a gradient counts as distinct from noise by what noise alone would do: <a_k, b_k> would then have the standard
-  deviation 2 |d_k|^2 sqrt(q_k), where q_k = mean_l cos^2(d_k, d_l) comes from the noise of the other timesteps.
+  deviation 2 n sqrt(q), with n the mean of |d_l|^2 and q that of cos^2(d_l, d_l') over neighbouring timesteps.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,14 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures import ReportFigure
+from analysis.panels import ReportFigure
 from analysis.plots.style import DIVERGING, axes_or_new
 
-_SIGNAL_ERRORS = 2.0
-"""Below so many standard deviations of noise a gradient's direction is not shown, as in `conflict`."""
-_PARTS = 16
+_SIGNAL_DEVIATIONS = 3.0
+"""A gradient's direction is shown if its signal exceeds so many standard deviations of noise alone. At two, as for a
+handful of intervals, dozens of a thousand timesteps would pass by chance."""
+_NEIGHBOURS = 8
+"""Timesteps on each side whose noise stands for a timestep's own: near enough to be alike, enough for a mean."""
 _MAX_TICKS = 9
 
 FloatArray = npt.NDArray[np.float64]
@@ -53,7 +57,7 @@ def timestep_affinity(
           |m_k|^2 that is noise. ``signal`` (timestep): the former in standard deviations of noise alone.
         - ``sampling_error``, ``sketch_error`` (timestep): root mean square over the other timesteps of the standard
           error of ``cosine``, from the images, noise and labels drawn, and from the projection to D numbers. The
-          latter by a jackknife over 16 parts of the sketch. What the projection adds to pure noise is in both, so
+          latter is what theory gives for these gradients. What the projection adds to pure noise is in both, so
           their root of squares is no less than the whole error.
 
         Attributes ``sampling_error`` and ``sketch_error``: the same over all defined pairs.
@@ -63,21 +67,21 @@ def timestep_affinity(
     """
     if sketches.ndim != 3 or len(sketches) != 2 or sketches.shape[1] < 2:
         raise ValueError(f"sketches must be (2, T, D) with T at least 2, got {sketches.shape}")
-    first, second = np.nan_to_num(sketches.astype(np.float64))
     measured = np.isfinite(sketches).all(axis=(0, 2))
-    mean, half_difference = (first + second) / 2, (first - second) / 2
-    products = mean @ mean.T
-    squared_norm = (first * second).sum(1)
-    noise = (half_difference**2).sum(1)
-    signal = _signal(squared_norm, noise, half_difference, measured)
-    distinct = measured & (signal > _SIGNAL_ERRORS)
+    half = _half_products(np.nan_to_num(sketches.astype(np.float64)))
+    squared_norm = np.diagonal(half.ab)
+    mean = (half.aa + half.bb + half.ab + half.ab.T) / 4
+    difference = (half.aa + half.bb - half.ab - half.ab.T) / 4
+    noise = np.diagonal(difference)
+    signal = _signal(squared_norm, difference, measured)
+    distinct = measured & (signal > _SIGNAL_DEVIATIONS)
     defined = distinct[:, None] & distinct
-    cosine = _ratio(products, squared_norm)
     off_diagonal = defined & ~np.eye(len(mean), dtype=bool)
-    sampling = _sampling_variance(mean, half_difference, cosine, squared_norm)
-    projection = _jackknife_variance(mean, first, second, products, squared_norm)
+    cosine = _ratio(mean, squared_norm)
+    sampling = _sampling_variance(half, cosine, difference)
+    projection = _projection_variance(half, cosine, mean) / sketches.shape[2]
     np.fill_diagonal(cosine, 1.0)
-    plain = _ratio(products, np.where(measured, np.diagonal(products), np.nan))
+    plain = _ratio(mean, np.where(measured, np.diagonal(mean), np.nan))
     pair, single = ("timestep", "other_timestep"), ("timestep",)
     return xr.Dataset(
         {
@@ -102,52 +106,71 @@ def timestep_affinity(
     )
 
 
-def _signal(
-    squared_norm: FloatArray, noise: FloatArray, half_difference: FloatArray, measured: npt.NDArray[np.bool_]
-) -> FloatArray:
-    """<a_k, b_k> in standard deviations of what noise alone would give; NaN where nothing was measured."""
-    norm = np.sqrt(noise)
-    unit = half_difference / np.where(norm > 0, norm, 1.0)[:, None]
-    alike = (unit @ unit.T) ** 2
-    np.fill_diagonal(alike, 0.0)
-    others = measured.sum() - 1
-    deviation = 2 * noise * np.sqrt(alike[:, measured].sum(1) / max(others, 1))
+class _HalfProducts(NamedTuple):
+    """Inner products of the halves, each (T, T): <a_k, a_l>, <b_k, b_l> and <a_k, b_l>."""
+
+    aa: FloatArray
+    bb: FloatArray
+    ab: FloatArray
+
+
+def _half_products(halves: FloatArray) -> _HalfProducts:
+    first, second = halves
+    return _HalfProducts(first @ first.T, second @ second.T, first @ second.T)
+
+
+def _signal(squared_norm: FloatArray, difference: FloatArray, measured: npt.NDArray[np.bool_]) -> FloatArray:
+    """<a_k, b_k> in standard deviations of what noise alone would give, from <d_k, d_l>; NaN if not measured.
+
+    A timestep's own |d_k|^2 would not do: where it is small by chance, <a_k, b_k> = |m_k|^2 - |d_k|^2 is large.
+    """
+    noise = np.diagonal(difference)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(measured, squared_norm / deviation, np.nan)
+        alike = _ratio(difference, noise) ** 2
+    np.fill_diagonal(alike, np.nan)
+    signal = np.full(len(noise), np.nan)
+    for k in np.flatnonzero(measured).tolist():
+        near = np.arange(max(k - _NEIGHBOURS, 0), min(k + _NEIGHBOURS + 1, len(noise)))
+        near = near[measured[near] & (noise[near] > 0)]
+        if len(near) > 1:
+            signal[k] = squared_norm[k] / (2 * noise[near].mean() * np.sqrt(np.nanmean(alike[np.ix_(near, near)])))
+    return signal
 
 
-def _sampling_variance(
-    mean: FloatArray, half_difference: FloatArray, cosine: FloatArray, squared_norm: FloatArray
-) -> FloatArray:
+def _sampling_variance(half: _HalfProducts, cosine: FloatArray, difference: FloatArray) -> FloatArray:
     """Estimated sampling variance of each cosine (T, T), to first order in the noise of its denominators.
 
     The noise of g_l turns the cosine by its part along m_k / |g_k| - cosine m_l / |g_l|; d_l stands for it. Estimates
     for one pair may be negative; only means over many pairs are of use.
     """
-    cross = _ratio(mean @ half_difference.T, squared_norm)
-    pure = _ratio(half_difference @ half_difference.T, squared_norm)
+    squared_norm = np.diagonal(half.ab)
+    cross = _ratio((half.aa - half.ab + half.ab.T - half.bb) / 4, squared_norm)  # <m_k, d_l>
     turned = cross - cosine * np.diagonal(cross)
-    return turned**2 + (turned**2).T - pure**2
+    return turned**2 + (turned**2).T - _ratio(difference, squared_norm) ** 2
 
 
-def _jackknife_variance(
-    mean: FloatArray, first: FloatArray, second: FloatArray, products: FloatArray, squared_norm: FloatArray
-) -> FloatArray:
-    """Variance of each cosine (T, T) over random projections: jackknife over parts of the sketch's D numbers.
+def _projection_variance(half: _HalfProducts, cosine: FloatArray, mean: FloatArray) -> FloatArray:
+    """D times the variance of each cosine (T, T) over random projections, to first order.
 
-    The numbers of a sketch are alike and nearly independent, as draws would be. Where D exceeds the size of a layer
-    they are fewer than D in effect, and the variance comes out too large, not too small.
+    For a dense Gaussian projection cov(<Su, Sv>, <Sw, Sz>) = (<u, w> <v, z> + <u, z> <v, w>) / D (Isserlis). The
+    count sketch has the same covariances less the terms of coordinates that cannot collide (see
+    `lightning_modules.gradients.sketch`). How its buckets differ among each other says nothing: where few coordinates
+    carry most of a gradient, buckets are very unlike although their sum hardly errs.
     """
-    parts = np.array_split(np.arange(mean.shape[1]), min(_PARTS, mean.shape[1]))
-    total, total_sq = np.zeros_like(products), np.zeros_like(products)
-    for part in parts:
-        without = _ratio(
-            products - mean[:, part] @ mean[:, part].T, squared_norm - (first[:, part] * second[:, part]).sum(1)
+    norm = np.diagonal(half.ab)
+    along_first, along_second = (half.aa + half.ab.T) / 2, (half.ab + half.bb) / 2  # <m_l, a_k>, <m_l, b_k> at [l, k]
+    numerator = np.outer(np.diagonal(mean), np.diagonal(mean)) + mean**2
+    denominator = np.diagonal(half.aa) * np.diagonal(half.bb) + norm**2
+    both = np.diagonal(along_first) * along_second + np.diagonal(along_second) * along_first  # numerator with norm k
+    with np.errstate(divide="ignore", invalid="ignore"):
+        single = denominator / norm**2
+        joint = (half.aa * half.bb + half.ab * half.ab.T) / np.outer(norm, norm)
+        shared = _ratio(both / norm, norm)
+        return (
+            _ratio(_ratio(numerator, norm), norm)
+            + cosine**2 / 4 * (single[:, None] + single + 2 * joint)
+            - cosine * (shared + shared.T)
         )
-        total += without
-        total_sq += without**2
-    count = len(parts)
-    return (count - 1) / count * (total_sq - total**2 / count)
 
 
 def _ratio(products: FloatArray, squared_norm: FloatArray) -> FloatArray:

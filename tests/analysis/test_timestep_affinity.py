@@ -72,17 +72,32 @@ def test_noise_alone_is_undefined_and_never_zero():
     assert np.isnan(found["cosine"].values[~shown]).all()
 
 
-@pytest.mark.parametrize("width", [256, 2048])
-def test_the_sketch_states_its_own_error(width):
-    actual, stated = [], []
+def test_noise_of_few_dimensions_does_not_pass_for_signal():
+    # As the gradients of a network that is nearly trained: large noise along a few directions that turn with t.
+    passed = []
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        exact = halves(rng, true_gradients(rng), 0.5)
+        directions = rng.standard_normal((5, SIZE))
+        turned = (
+            directions * np.cos(np.linspace(0, 1.5, TIMESTEPS))[:, None, None]
+            + rng.standard_normal((5, SIZE)) * np.sin(np.linspace(0, 1.5, TIMESTEPS))[:, None, None]
+        )
+        noise = np.einsum("htr,trs->hts", rng.standard_normal((2, TIMESTEPS, 5)), turned)
+        found = analyse(noise + 0.1 * rng.standard_normal((2, TIMESTEPS, SIZE)))
+        passed.append(float((found["signal"] > 3).mean()))
+    assert np.mean(passed) < 0.02
+
+
+@pytest.mark.parametrize(("width", "noise"), [(256, 0.5), (1024, 1.5)])
+def test_the_sketch_states_its_own_error(width, noise):
+    actual, stated = [], []
+    for seed in range(16):
+        rng = np.random.default_rng(seed)
+        exact = halves(rng, true_gradients(rng, size=800), noise)
         sketched = analyse(project(exact, width, rng))
         actual.append(root_mean_square(sketched["cosine"].values - analyse(exact)["cosine"].values))
         stated.append(sketched.attrs["sketch_error"])
-    assert np.sqrt(np.mean(np.square(stated))) == pytest.approx(np.sqrt(np.mean(np.square(actual))), rel=0.3)
-    assert np.mean(actual) < 2.0 / np.sqrt(width)
+    assert np.sqrt(np.mean(np.square(stated))) == pytest.approx(np.sqrt(np.mean(np.square(actual))), rel=0.2)
 
 
 def test_timesteps_without_measurements_are_undefined():

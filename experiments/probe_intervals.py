@@ -1,0 +1,187 @@
+"""The Gramians of timestep intervals, batch by batch: what `dtr-lab probe` measures by default."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from torch import Tensor
+
+from analysis import conflict
+from analysis.gramians import gramian_arrays
+from experiments.probe_data import Batches
+from experiments.probe_subject import Subject
+from lightning_modules.config import IntervalConfig
+from lightning_modules.denoiser import NoisedBatch
+from lightning_modules.errors import UserInputError
+from lightning_modules.gradients import Gramian, GramianRecorder, gramian_by_subbatches, split_tasks
+from lightning_modules.gradients.collectors import Collector
+from lightning_modules.timesteps import TimestepIntervals
+
+MIN_BATCHES = 8
+"""A standard error from fewer batches is too uncertain to stop by."""
+CHECK_EVERY = 4
+"""The precision is looked at after every n-th batch: a rule of the batch number, so that results are repeatable."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def build_intervals(args: argparse.Namespace, subject: Subject) -> TimestepIntervals:
+    """The intervals that the options name, by default those of the checkpoint.
+
+    Raises:
+        UserInputError: If the options contradict each other, or a batch cannot give every half of an interval a sample.
+    """
+    trained = subject.module.interval_config
+    if args.bounds is not None and (args.intervals is not None or args.spacing is not None):
+        raise UserInputError("--bounds already says which intervals: leave out --intervals and --spacing")
+    if args.bounds is None and args.intervals is None and args.spacing is None:
+        intervals = subject.module.intervals
+    else:
+        intervals = IntervalConfig(
+            num_intervals=args.intervals or trained.num_intervals,
+            spacing=args.spacing or "uniform",
+            bounds=args.bounds,
+        ).build(subject.module.diffusion.log_snr)
+    groups = intervals.num_intervals * args.halves
+    if args.batch_size < groups:
+        raise UserInputError(
+            f"--batch-size {args.batch_size} cannot give a sample to each of {intervals.num_intervals} intervals in "
+            f"{args.halves} halves: raise it to at least {groups}, better several times that"
+        )
+    return intervals
+
+
+class IntervalProbe:
+    """Measures one Gramian a batch.
+
+    Attributes:
+        intervals: The tasks.
+        halves: Independent halves of each task's samples.
+        layers: Names of the layers, once there is a batch.
+        coverage: Share of the parameters for which the Gramians are exact.
+        totals: The Gramian (G, G) over all layers of each batch.
+        counts: Samples (G,) of each batch.
+        losses: Mean losses (G,) of each batch.
+    """
+
+    def __init__(self, subject: Subject, batches: Batches, intervals: TimestepIntervals, halves: int) -> None:
+        self.subject = subject
+        self.batches = batches
+        self.intervals = intervals
+        self.halves = halves
+        self.layers: tuple[str, ...] = ()
+        self.coverage = 1.0
+        self.uncovered: tuple[str, ...] = ()
+        self.totals: list[FloatArray] = []
+        self.counts: list[npt.NDArray[np.int64]] = []
+        self.losses: list[FloatArray] = []
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.intervals.num_intervals * self.halves
+
+    def measure(self, number: int) -> Gramian:
+        """Measures batch ``number`` and keeps its sum over layers."""
+        batch, group = self.draw(number)
+        recorder, losses = backward(self.subject, batch, group, self.num_groups)
+        gramian = recorder.result()
+        clear_gradients(self.subject)
+        self.layers, self.coverage, self.uncovered = gramian.layers, gramian.coverage, gramian.uncovered
+        self.totals.append(gramian.total().cpu().numpy())
+        self.counts.append(gramian.counts.cpu().numpy())
+        self.losses.append(group_means(losses, group, gramian.counts))
+        return gramian
+
+    def draw(self, number: int) -> tuple[NoisedBatch, Tensor]:
+        """Batch ``number`` on the device, its timesteps stratified over the intervals, and its groups (B,)."""
+        x, y, generator = self.batches.images(number)
+        t = self.intervals.sample_stratified(len(x), generator)
+        group = split_tasks(self.intervals.task_of(t), self.intervals.num_intervals, self.halves)
+        return noised(self.subject, x, y, t, generator), group.to(self.subject.module.device)
+
+    def dataset(self) -> xr.Dataset:
+        """The batches so far as `analysis` reads them, with the layers summed."""
+        return gramian_arrays(
+            np.stack(self.totals)[:, None],
+            np.stack(self.counts),
+            layers=["total"],
+            halves=self.halves,
+            bounds=self.intervals.bounds,
+            losses=np.stack(self.losses),
+            steps=range(1, len(self.totals) + 1),
+            log_snr=self.subject.module.diffusion.log_snr.tolist(),
+        )
+
+    def precision(self) -> float:
+        """Largest standard error of all corrected cosines that are defined; infinite while fewer than half of them are.
+
+        With few batches a cosine may pass for defined by chance, and a single one is no measurement of the matrix.
+        """
+        data = self.dataset()
+        found = conflict.corrected_cosine(data["gramian"].isel(layer=0), data["group_count"])
+        error = found["standard_error"].values
+        above = error[np.triu_indices(len(error), 1)]
+        defined = np.isfinite(above)
+        return float(above[defined].max()) if 2 * defined.sum() >= max(len(above), 1) else math.inf
+
+    def verify(self) -> dict[str, float]:
+        """The first batch once more, by a backward pass per group: relative error of each layer's Gramian.
+
+        Relative to the layer's largest entry. Both ways compute in the weights' own precision.
+        """
+        batch, group = self.draw(1)
+        recorder, _ = backward(self.subject, batch, group, self.num_groups)
+        gramian = recorder.result()
+        clear_gradients(self.subject)
+
+        def sample_loss(rows: Tensor) -> Tensor:
+            y = None if batch.y is None else batch.y[rows]
+            part = NoisedBatch(batch.x0[rows], y, batch.t[rows], batch.noise[rows])
+            return self.subject.module.sample_losses(part, self.subject.backbone).loss
+
+        trained = {name: p for name, p in self.subject.backbone.named_parameters() if p.requires_grad}
+        slow = gramian_by_subbatches(sample_loss, trained, group, self.num_groups)
+        expected = dict(zip(slow.layers, slow.values, strict=True))
+        errors = {}
+        for layer, value in zip(gramian.layers, gramian.values, strict=True):
+            largest = float(expected[layer].abs().max())
+            difference = float((value - expected[layer]).abs().max())
+            errors[layer] = difference / largest if largest else difference
+        return errors
+
+
+def noised(subject: Subject, x: Tensor, y: Tensor | None, t: Tensor, generator: torch.Generator) -> NoisedBatch:
+    """A batch on the device, with noise drawn on the CPU."""
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    device = subject.module.device
+    return NoisedBatch(x.to(device), None if y is None else y.to(device), t.to(device), noise.to(device))
+
+
+def backward(
+    subject: Subject, batch: NoisedBatch, group: Tensor, num_groups: int, collector: Collector | None = None
+) -> tuple[GramianRecorder, Tensor]:
+    """One recorded forward and backward pass of the training loss: the recorder, and the losses per sample (B,)."""
+    recorder = GramianRecorder(subject.backbone, group, num_groups, reduction="mean", collector=collector)
+    with recorder:
+        losses = subject.module.sample_losses(batch, subject.backbone).loss
+        losses.mean().backward()
+    return recorder, losses.detach()
+
+
+def clear_gradients(subject: Subject) -> None:
+    """Drops the gradients that a backward pass leaves."""
+    subject.backbone.zero_grad(set_to_none=True)
+
+
+def group_means(losses: Tensor, group: Tensor, counts: Tensor) -> FloatArray:
+    """Mean loss of each group (G,), NaN for empty ones, from losses per sample (B,)."""
+    sums = np.bincount(group.cpu().numpy(), losses.double().cpu().numpy(), len(counts))
+    number = counts.cpu().numpy()
+    with np.errstate(invalid="ignore"):
+        return sums / number

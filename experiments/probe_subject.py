@@ -1,0 +1,81 @@
+"""What `dtr-lab probe` measures: the network of a checkpoint, from DTR Lab or elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from lightning_modules.backbones.backbone import Backbone
+from lightning_modules.checkpoint import load_denoiser
+from lightning_modules.denoiser import DenoiserModule
+from lightning_modules.errors import UserInputError
+from lightning_modules.loss_weights import LossWeightConfig
+from lightning_modules.published import load_published, read_weights_file
+from lightning_modules.run_record import RESUME_KEY
+from lightning_modules.tracking.callback import CHECKPOINT_KEY
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A network to measure.
+
+    Attributes:
+        module: Its loss, diffusion and settings; in evaluation mode, on the device.
+        backbone: The weights to measure: ``module``'s own or their average. Requires gradients where training does.
+        weights: ``"averaged"``, ``"raw"`` or ``"published"``.
+        path: The checkpoint.
+        run_id: The MLflow run that wrote it, if known.
+        step: Optimizer steps it was trained for, if known.
+        dataset: Name of the data set it was trained on, if known.
+    """
+
+    module: DenoiserModule
+    backbone: Backbone
+    weights: str
+    path: Path
+    run_id: str | None = None
+    step: int | None = None
+    dataset: str | None = None
+
+
+def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
+    """Loads the checkpoint that was named, of whichever kind it is.
+
+    Raises:
+        UserInputError: If it is none, or options do not apply to it.
+    """
+    contents = read_weights_file(args.checkpoint)
+    if "hyper_parameters" not in contents:
+        module: DenoiserModule = load_published(
+            args.checkpoint, contents=contents, num_heads=args.num_heads, raw=args.raw_weights
+        )
+        found = Subject(module, module.backbone, "published", args.checkpoint)
+    else:
+        if args.num_heads is not None:
+            raise UserInputError(f"--num-heads: {args.checkpoint} stores its own; the option is for published DiTs")
+        module = load_denoiser(args.checkpoint)
+        found = Subject(
+            module,
+            module.backbone if args.raw_weights else _averaged(module),
+            "raw" if args.raw_weights else "averaged",
+            args.checkpoint,
+            run_id=contents.get(CHECKPOINT_KEY, {}).get("run_id"),
+            step=contents.get("global_step"),
+            dataset=contents.get(RESUME_KEY, {}).get("data"),
+        )
+    if args.loss_weight is not None:
+        module.loss_weight = LossWeightConfig(name=args.loss_weight)
+    module.to(device)
+    return found
+
+
+def _averaged(module: DenoiserModule) -> Backbone:
+    """The averaged weights, with gradients for those parameters that are trained."""
+    averaged = module.ema.module
+    assert isinstance(averaged, Backbone)
+    for trained, parameter in zip(module.backbone.parameters(), averaged.parameters(), strict=True):
+        parameter.requires_grad_(trained.requires_grad)
+    return averaged

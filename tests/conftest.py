@@ -1,4 +1,4 @@
-"""A small denoiser that the tests share."""
+"""Small denoisers that the tests share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_modules.backbones.dit import DiTConfig
+from lightning_modules.backbones.unet_config import UNetConfig
 from lightning_modules.config import IntervalConfig
 from lightning_modules.denoiser import BaselineModule, DenoiserModule, DTRModule
 from lightning_modules.diffusion import DiffusionConfig
@@ -15,6 +16,18 @@ from lightning_modules.routing import MaskConfig
 
 BACKBONE = DiTConfig(
     input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=10, learn_sigma=False
+)
+UNET = UNetConfig(
+    input_size=8,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=8,
+    norm_groups=4,
+    num_classes=10,
+    learn_sigma=False,
 )
 DIFFUSION = DiffusionConfig(schedule="cosine", variance="fixed_small")
 

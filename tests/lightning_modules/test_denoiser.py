@@ -10,7 +10,8 @@ from lightning_modules.denoiser import BaselineModule, NoisedBatch, add_moments
 from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig
-from tests.conftest import BACKBONE, DIFFUSION
+from lightning_modules.routing import unroute
+from tests.conftest import BACKBONE, DIFFUSION, UNET
 
 
 def test_methods_of_one_seed_share_initialisation_timesteps_and_noise(make_denoiser, batch):
@@ -26,6 +27,43 @@ def test_methods_of_one_seed_share_initialisation_timesteps_and_noise(make_denoi
     assert not torch.equal(plain.backbone.x_embedder.proj.weight, other.backbone.x_embedder.proj.weight)
     assert not torch.equal(plain.draw(batch, 3).noise, other.draw(batch, 3).noise)
     assert not torch.equal(plain.draw(batch, 3).noise, plain.draw(batch, 4).noise)
+
+
+def test_unets_of_one_seed_share_initialisation_and_noise_with_each_other_and_with_dits(make_denoiser, batch):
+    plain, routed = (make_denoiser(method, awake=False, seed=5, backbone=UNET) for method in ("baseline", "dtr"))
+    for (name, p), q in zip(plain.state_dict().items(), routed.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+    dit = make_denoiser("dtr", awake=False, seed=5)
+    for a, b, c in zip(plain.draw(batch, 3), routed.draw(batch, 3), dit.draw(batch, 3), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)
+
+
+def test_a_unet_learns_its_variance_and_is_masked_as_configured(make_denoiser, batch):
+    learned = DiffusionConfig(schedule="cosine", variance="learned_range")
+    backbone = dataclasses.replace(UNET, learn_sigma=True)
+    module = make_denoiser("random", backbone=backbone, diffusion=learned)
+    drawn = module.draw(batch, 0)
+    losses = module.sample_losses(drawn)
+    torch.testing.assert_close(losses.loss, losses.mse + losses.vb)
+    module.training_step(batch, 0)["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in module.backbone.parameters())
+    unroute(module.backbone)
+    assert not torch.allclose(module.sample_losses(drawn).mse, losses.mse)
+    with pytest.raises(UserInputError, match="learn_sigma"):
+        make_denoiser(backbone=backbone)
+
+
+def test_a_steps_dropout_is_the_same_whenever_it_is_repeated(make_denoiser, batch):
+    module = make_denoiser(backbone=dataclasses.replace(UNET, dropout=0.5)).train()
+    before = torch.get_rng_state()
+    first = module.training_step(batch, 3)["sample_loss"]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(module.training_step(batch, 3)["sample_loss"], first)
+    with torch.no_grad():
+        without = module.eval().sample_losses(module.draw(batch, 3)).loss
+    assert not torch.allclose(without, first)
 
 
 def test_building_a_module_leaves_the_callers_random_state_alone():
@@ -149,11 +187,12 @@ def test_sample_losses_of_a_part_are_the_parts_losses(make_denoiser, batch):
     torch.testing.assert_close(part, whole[5:9], rtol=1e-10, atol=1e-12)
 
 
-def test_compilation_leaves_the_checkpoint_keys_alone(make_denoiser):
-    module = make_denoiser(optimization=OptimizationConfig(compile=True))
+@pytest.mark.parametrize("backbone", [BACKBONE, UNET])
+def test_compilation_leaves_the_checkpoint_keys_alone(make_denoiser, backbone):
+    module = make_denoiser("dtr", backbone=backbone, optimization=OptimizationConfig(compile=True))
     keys = list(module.state_dict())
     module.configure_model()
-    assert list(module.state_dict()) == keys == list(make_denoiser().state_dict())
+    assert list(module.state_dict()) == keys == list(make_denoiser(backbone=backbone).state_dict())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from lightning_modules.probes.channel_activation import ChannelActivationProbe
 from lightning_modules.tracking.records import CHANNEL_ACTIVATION, TABLES
+from tests.conftest import UNET
 
 
 class BlockSpy(pl.Callback):
@@ -52,6 +53,48 @@ def test_the_moments_are_those_of_every_sample_and_token(make_denoiser, writer, 
         np.testing.assert_allclose(mean, members.mean(0), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(square, np.square(members).mean(0), rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(active, (np.abs(members) > 0.3 * rms).mean(0), atol=0.07)
+
+
+class BranchSpy(pl.Callback):
+    """Keeps what the first layer of each of a U-Net's residual branches reads and what the last one gives."""
+
+    def __init__(self) -> None:
+        self.seen, self.t = {}, None
+
+    def on_fit_start(self, trainer, pl_module):
+        for name in pl_module.backbone.block_channels:
+            block = pl_module.backbone.get_submodule(name)
+            block.norm1.register_forward_hook(lambda _, args, output, name=name: self.keep(name, "input", args[0]))
+            block.conv2.register_forward_hook(lambda _, args, output, name=name: self.keep(name, "update", output))
+
+    def keep(self, name, site, images):
+        self.seen[name, site] = images.detach().double().permute(0, 2, 3, 1).numpy()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.t = pl_module.intervals.task_of(outputs["t"]).numpy()
+
+
+@pytest.mark.parametrize("method", ["baseline", "dtr"])
+def test_the_moments_of_a_unet_are_those_of_every_sample_and_pixel(make_denoiser, writer, fit, method):
+    module, spy = make_denoiser(method, backbone=UNET), BranchSpy()
+    fit(module, spy, ChannelActivationProbe(every_n_steps=2, threshold=0.3), steps=2)
+    columns = writer.rows[0][1]
+    blocks = module.backbone.block_channels
+    assert len(columns["step"]) == len(blocks) * 2 * 4  # blocks x sites x tasks
+    assert list(dict.fromkeys(columns["block"])) == list(blocks)
+    for _, block, site, task, count, mean, square, active in zip(*columns.values(), strict=True):
+        values = spy.seen[block, site]
+        members = values[spy.t == task].reshape(-1, values.shape[-1])
+        assert count == len(members)
+        if site == "input":
+            assert len(mean) == blocks[block]
+        np.testing.assert_allclose(mean, members.mean(0), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(square, np.square(members).mean(0), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            active, (np.abs(members) > 0.3 * np.sqrt(np.square(values).mean())).mean(0), atol=0.07
+        )
+    dead = writer.metrics[0][1]["activation/dead_fraction"]
+    assert dead > 0.3 if method == "dtr" else dead == 0
 
 
 def test_masked_channels_read_nothing(make_denoiser, writer, fit):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -20,8 +22,9 @@ def warm_decay(decay: float, updates: int) -> float:
 
 def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
     """A frozen copy of ``model`` that follows it at `warm_decay` with each call of ``update_parameters(model)``."""
+    return AveragedModel(model, multi_avg_fn=functools.partial(_average, decay=decay)).requires_grad_(False)
 
-    def average(averaged: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - warm_decay(decay, int(updates)))
 
-    return AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
+# Not a closure: processes that are spawned receive the module pickled.
+def _average(averaged: _Tensors, current: _Tensors, updates: Tensor | int, *, decay: float) -> None:
+    torch._foreach_lerp_(averaged, current, 1 - warm_decay(decay, int(updates)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,10 @@ class GramianRecorder(TorchFunctionMode):
 
     Raises:
         ValueError: If ``group`` is malformed, or the model has nothing to train.
+        RuntimeError: On entering, if another recorder is active.
     """
+
+    _active: ClassVar[GramianRecorder | None] = None
 
     def __init__(
         self,
@@ -107,6 +110,9 @@ class GramianRecorder(TorchFunctionMode):
     def __enter__(self) -> GramianRecorder:
         """Starts recording. Compiled models run eagerly meanwhile: their operators cannot be seen."""
         if not self._in_backward:
+            if GramianRecorder._active is not None:
+                raise RuntimeError("another GramianRecorder is active: one at a time can record")
+            GramianRecorder._active = self
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()
         return self
@@ -115,6 +121,7 @@ class GramianRecorder(TorchFunctionMode):
         """Stops recording."""
         super().__exit__(*exception)
         if not self._in_backward:
+            GramianRecorder._active = None
             self._eager.close()
 
     def regroup(self, group: Tensor) -> None:

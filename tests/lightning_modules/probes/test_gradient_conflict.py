@@ -1,14 +1,18 @@
 """Tests for `lightning_modules/probes/gradient_conflict.py`."""
 
+import functools
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 
+from lightning_modules.config import IntervalConfig, OptimizationConfig
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe, task_cosine
 from lightning_modules.tracking.records import GRADIENT_GRAMIAN, TABLES
+from tests.lightning_modules.probes.checked_probe import CheckedProbe
 
 
 class GradientSpy(pl.Callback):
@@ -40,6 +44,60 @@ def test_the_groups_gradients_add_up_to_the_training_steps_own_gradient(make_den
         assert got.keys() == expected.keys()
         for layer, value in expected.items():
             assert got[layer] == pytest.approx(value, rel=1e-3, abs=1e-9), layer
+
+
+UNEVEN = IntervalConfig(bounds=[0, 100, 300, 1000])
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "training"),
+    [
+        ("dtr", {}, {}),
+        ("baseline", {"intervals": UNEVEN}, {}),
+        ("baseline", {"intervals": IntervalConfig(num_intervals=5, sampling="uniform")}, {}),
+        ("baseline", {}, {"accumulate_grad_batches": 3}),
+        ("dtr", {}, {"gradient_clip_val": 1e-3}),
+        ("dtr", {"optimization": OptimizationConfig(compile=True)}, {}),
+    ],
+    ids=["dtr", "uneven intervals", "uniform sampling", "accumulation", "clipping", "compiled"],
+)
+def test_what_is_written_equals_gradients_computed_one_by_one(
+    make_denoiser, writer, fit, tmp_path, monkeypatch, method, model, training
+):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # inductor takes a minute
+    probe = CheckedProbe(tmp_path / "seen", 1e-10, every_n_steps=2, halves=2)
+    fit(make_denoiser(method, **model), probe, steps=4, batch_size=18, precision="64-true", **training)
+    assert (tmp_path / "seen").read_text().split() == ["2", "0", "4", "0"]
+    assert [columns["step"][0] for table, columns in writer.rows if table == GRADIENT_GRAMIAN] == [2, 4]
+
+
+def test_a_measured_step_takes_no_further_pass(make_denoiser, writer, fit):
+    passes = []
+    module = make_denoiser()
+    module.backbone.register_forward_hook(lambda *_: passes.append("forward"))
+    module.backbone.final_layer.register_full_backward_hook(lambda *_: passes.append("backward"))
+    fit(module, GradientConflictProbe(every_n_steps=1), steps=3)
+    assert passes == ["forward", "backward"] * 3
+
+
+def test_two_processes_measure_the_whole_batch_or_each_its_own(make_denoiser, fit, tmp_path):
+    probes = [
+        CheckedProbe(tmp_path / processes, 1e-10, every_n_steps=every, processes=processes)
+        for processes, every in (("global", 2), ("local", 3))
+    ]
+    settings = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False, "precision": "64-true"}
+    fit(make_denoiser(), *probes, steps=3, batch_size=16, **settings)
+    assert sorted((tmp_path / "global").read_text().splitlines()) == ["2 0", "2 1"]
+    assert sorted((tmp_path / "local").read_text().splitlines()) == ["3 0", "3 1"]
+
+
+def test_recording_stops_with_the_training_that_failed(make_denoiser, fit, monkeypatch):
+    probe, module = GradientConflictProbe(every_n_steps=1), make_denoiser()
+    monkeypatch.setattr(module, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, probe, steps=1)
+    assert probe._recorder is None
+    assert torch.overrides._get_current_function_mode_stack() == []
 
 
 def test_measuring_changes_training_by_no_more_than_the_order_of_sums(make_denoiser, writer, fit):

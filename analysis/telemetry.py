@@ -51,7 +51,7 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         - ``train_timestep_loss`` (moment, quantity, timestep), pooled over all steps; ``val_timestep_loss``, of the
           last validation.
         - ``gramian`` (gradient_step, layer, task, half, other_task, other_half), ``group_count`` and ``group_loss``
-          (gradient_step, task, half), and ``coverage`` (gradient_step): the share of parameters that they are exact for.
+          (gradient_step, task, half), and ``coverage`` (gradient_step): share of parameters they are exact for.
         - ``activation_mean``, ``activation_mean_square``, ``activation_active_fraction``
           (activation_step, block, site, task, channel) and ``activation_count`` (without channel). Blocks with fewer
           channels than the widest are filled with NaN.

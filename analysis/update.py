@@ -77,7 +77,7 @@ def update_share(
 
     def share(means: xr.Dataset) -> xr.DataArray:
         every = unbiased_gramian(means)
-        return weight * _with_sum(every, weight) / _squared_sum(every, weight)
+        return _with_sum(every, weight) * weight / _squared_sum(every, weight)
 
     found = pool.estimate("share", share, errors)
     known = pool.is_positive(lambda means: _squared_sum(unbiased_gramian(means), weight))

@@ -26,7 +26,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages, and torch's about what it allocated before
+# The profiler's own messages, and torch's about memory that was allocated before it.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+from lightning_modules.gradients.backward import BACKWARD, run_backward
 from lightning_modules.gradients.collectors import Collector, GramianCollector
+from lightning_modules.gradients.coverage import uncovered_parameters
 from lightning_modules.gradients.gramian import Gramian, by_layer
 from lightning_modules.gradients.groups import Groups
 from lightning_modules.gradients.ledger import Ledger, Operand
@@ -28,8 +29,6 @@ from lightning_modules.gradients.operators import HANDLERS
 from lightning_modules.gradients.operators.general import ELEMENTWISE, elementwise, general
 from lightning_modules.gradients.provenance import Mark, Provenance, tensors_in
 from lightning_modules.gradients.tap import Operation, Tap
-
-_BACKWARD = {torch.Tensor.backward, torch.autograd.backward}
 
 
 class GramianRecorder(TorchFunctionMode):
@@ -157,7 +156,9 @@ class GramianRecorder(TorchFunctionMode):
         if not isinstance(self._collector, GramianCollector):
             raise TypeError(f"the gradients went to a {type(self._collector).__name__}: ask it for the result")
         self.ledger.settle()
-        uncovered = self._uncovered(self._collector.values)
+        uncovered = uncovered_parameters(
+            self._parameters, self.ledger, self._collector.values, bool(self._fresh), self._half
+        )
         self.finish()
         layers, values = by_layer(self.names, self._collector.values)
         sizes = [parameter.numel() for parameter in self._parameters]
@@ -171,7 +172,7 @@ class GramianRecorder(TorchFunctionMode):
     ) -> Any:
         """Sees every call of an operator in between; splits those where a trained parameter meets the batch."""
         kwargs = kwargs or {}
-        if func in _BACKWARD:
+        if func in BACKWARD:
             return self._run_backward(func, args, kwargs)
         tensors = tensors_in(args, kwargs)
         marks = [self._provenance.of(tensor) for tensor in tensors]
@@ -211,7 +212,10 @@ class GramianRecorder(TorchFunctionMode):
         output = NotImplemented if handler is None else handler(self, func, *args, **kwargs)
         if output is NotImplemented and func.__name__ in ELEMENTWISE:
             output = elementwise(self, func, args, kwargs)
-        return general(self, func, args, kwargs) if output is NotImplemented else output
+        if output is NotImplemented:
+            output = general(self, func, args, kwargs)
+        self._provenance.follow_batch(func, tensors, output)
+        return output
 
     def operand(self, tensor: Tensor | None) -> Operand | None:
         """What ``tensor`` stands for, if trained parameters are behind it."""
@@ -254,75 +258,19 @@ class GramianRecorder(TorchFunctionMode):
             self.ledger.expect(params)
 
     def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The backward pass, under this mode: checkpointing runs parts of the forward pass again in it.
-
-        Any public entry would arrive here once more, hence the engine's own.
-        """
-        tensors, gradients = _roots(func, args, kwargs)
-        inputs = kwargs.get("inputs")
-        inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
-        create_graph = bool(kwargs.get("create_graph"))
-        retain_graph = kwargs.get("retain_graph")
+        """The backward pass, under this mode: checkpointing runs parts of the forward pass again in it."""
         if self._fresh is None:
             self._fresh = all(parameter.grad is None for parameter in self._parameters)
         outer, self._in_backward = self._in_backward, True
         try:
             with self:
-                _engine_run_backward(
-                    tensors,
-                    gradients,
-                    create_graph if retain_graph is None else retain_graph,
-                    create_graph,
-                    inputs,
-                    allow_unreachable=True,
-                    accumulate_grad=True,
-                )
+                run_backward(func, args, kwargs)
         finally:
             self._in_backward = outer
 
     def _average(self, rows: Tensor) -> None:
         dist.all_reduce(rows)
         rows /= self._world
-
-    def _uncovered(self, products: Tensor) -> list[int]:
-        """Parameters whose group gradients are not known to be complete.
-
-        The sum of all products is the squared norm of the whole gradient; if it is not that of ``.grad``, then part of
-        the gradient came by a way that the recorder did not see.
-        """
-        uncovered = set(self.ledger.uncovered)
-        for index, parameter in enumerate(self._parameters):
-            if index not in self.ledger.delivered and (parameter.grad is not None or not self._fresh):
-                uncovered.add(index)
-        if self._fresh and not dist.is_initialized():
-            norms = [None if p.grad is None else p.grad.to(products.dtype).square().sum() for p in self._parameters]
-            zero = products.new_zeros(())
-            expected = torch.stack([zero if norm is None else norm for norm in norms])
-            close = (products.sum((1, 2)) - expected).abs() <= self._tolerance() * products.abs().sum((1, 2))
-            unknown = ~products.isfinite().all(2).all(1)  # overflow, which a gradient scaler deals with
-            uncovered.update(torch.nonzero(~(close | unknown)).flatten().tolist())
-        return sorted(uncovered)
-
-    def _tolerance(self) -> float:
-        if self._half or any(p.dtype in (torch.float16, torch.bfloat16) for p in self._parameters):
-            return 5e-2
-        return 1e-9 if all(p.dtype == torch.float64 for p in self._parameters) else 1e-3
-
-
-def _roots(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Where a backward pass starts, and with what gradients."""
-    given = kwargs.get("gradient" if func is torch.Tensor.backward else "grad_tensors")
-    tensors = (args[0],) if isinstance(args[0], Tensor) else tuple(args[0])
-    gradients = (given,) * len(tensors) if given is None or isinstance(given, Tensor) else tuple(given)
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if gradient is None and tensor.numel() != 1:
-            raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    return tensors, tuple(
-        torch.ones_like(tensor) if gradient is None else gradient
-        for tensor, gradient in zip(tensors, gradients, strict=True)
-    )
 
 
 def is_constant_factory(func: Any) -> bool:

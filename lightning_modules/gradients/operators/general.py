@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.gradients.ledger import Ledger, Operand
-from lightning_modules.gradients.provenance import tensors_in
+from lightning_modules.gradients.provenance import LOST, tensors_in
 from lightning_modules.gradients.tap import Expand
 
 if TYPE_CHECKING:
@@ -136,7 +136,10 @@ def general(recorder: GramianRecorder, func: Any, args: tuple[Any, ...], kwargs:
     result = func(*_replaced(args, alias), **{key: _replaced((value,), alias)[0] for key, value in kwargs.items()})
     packed = isinstance(result, tuple)
     output = result[0] if packed and result else result
-    at = 1 if getattr(func, "__name__", "") == "multi_head_attention_forward" and args[0].dim() == 3 else 0
+    moved = {at for tensor in tensors if (at := recorder.batch_dim(tensor))}
+    at = moved.pop() if len(moved) == 1 else LOST if moved else 0
+    if getattr(func, "__name__", "") == "multi_head_attention_forward":
+        at = 1 if args[0].dim() == 3 and at in (0, 1) else LOST
     if not _separable(recorder, func, output, at) or (
         packed and any(t.requires_grad for t in tensors_in(result[1:], {}))
     ):
@@ -152,7 +155,7 @@ def general(recorder: GramianRecorder, func: Any, args: tuple[Any, ...], kwargs:
 def _separable(recorder: GramianRecorder, func: Any, output: Any, at: int) -> bool:
     if not isinstance(output, Tensor) or getattr(func, "__name__", "") in _MIXING or not output.requires_grad:
         return False
-    return output.dim() > at and output.shape[at] > 0 and output.shape[at] % recorder.groups.size == 0
+    return 0 <= at < output.dim() and output.shape[at] > 0 and output.shape[at] % recorder.groups.size == 0
 
 
 def _replaced(values: Any, replace: Any) -> tuple[Any, ...]:

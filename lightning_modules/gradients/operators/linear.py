@@ -97,22 +97,24 @@ def _split_by_samples(ledger: Ledger, weight: Operand, left: Tensor, right: Tens
 
 def linear(recorder: GramianRecorder, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """``torch.nn.functional.linear``."""
-    if input.dim() < 2 or recorder.is_constant(input) or recorder.is_foreign(weight, bias):
+    batch_dim = recorder.batch_dim(input)
+    splits = 0 <= batch_dim < input.dim() - 1
+    if not splits or recorder.is_constant(input) or recorder.is_foreign(weight, bias):
         return NotImplemented
     x = recorder.autocast(input)
-    operation = LinearOperation(
-        x, recorder.operand(weight), recorder.operand(bias), batch_dim=recorder.batch_dim(input)
-    )
+    operation = LinearOperation(x, recorder.operand(weight), recorder.operand(bias), batch_dim=batch_dim)
     return recorder.tap(func(x, weight.detach(), None if bias is None else bias.detach()), operation)
 
 
 def matmul(recorder: GramianRecorder, func: Any, input: Tensor, other: Tensor) -> Any:
     """``input @ weight``."""
     operand = recorder.operand(other)
-    if input.dim() < 2 or other.dim() != 2 or operand is None or recorder.is_constant(input):
+    batch_dim = recorder.batch_dim(input)
+    splits = 0 <= batch_dim < input.dim() - 1 and other.dim() == 2
+    if not splits or operand is None or recorder.is_constant(input):
         return NotImplemented
     x = recorder.autocast(input)
-    operation = LinearOperation(x, operand, None, transposed=True, batch_dim=recorder.batch_dim(input))
+    operation = LinearOperation(x, operand, None, transposed=True, batch_dim=batch_dim)
     return recorder.tap(func(x, other.detach()), operation)
 
 

@@ -1,0 +1,52 @@
+"""For which parameters the Gramian is exact: nothing is counted that cannot be vouched for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_modules.gradients.ledger import Ledger
+
+
+def uncovered_parameters(
+    parameters: Sequence[nn.Parameter], ledger: Ledger, products: Tensor, fresh: bool, half: bool
+) -> list[int]:
+    """Parameters whose group gradients are not known to be complete.
+
+    The sum of all products is the squared norm of the whole gradient; if it is not that of ``.grad``, then part of the
+    gradient came by a way that was not seen.
+
+    Args:
+        parameters: All of them.
+        ledger: What arrived.
+        products: (parameters, G, G), of the parts of the back-propagated loss.
+        fresh: Whether ``.grad`` holds the gradient of this measurement alone.
+        half: Whether parts of the model ran in half precision.
+    """
+    uncovered = set(ledger.uncovered)
+    for index, parameter in enumerate(parameters):
+        if index not in ledger.delivered and (parameter.grad is not None or not fresh):
+            uncovered.add(index)
+    if fresh and not dist.is_initialized():  # else .grad is, or will be, an average over processes
+        zero = products.new_zeros(())
+        norms = [zero if p.grad is None else _norm(p.grad, products.dtype) for p in parameters]
+        expected = torch.stack(norms).square()
+        deviation = (products.sum((1, 2)) - expected).abs()
+        suspect = deviation > _tolerance(parameters, half) * products.abs().sum((1, 2))
+        overflow = ~products.isfinite().all(2).all(1)  # a gradient scaler deals with it
+        uncovered.update(torch.nonzero(suspect & ~overflow).flatten().tolist())
+    return sorted(uncovered)
+
+
+def _tolerance(parameters: Sequence[nn.Parameter], half: bool) -> float:
+    """How far rounding can carry the sum of products from the squared norm, relative to their absolute sum."""
+    if half or any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters):
+        return 5e-2
+    return 1e-9 if all(p.dtype == torch.float64 for p in parameters) else 1e-3
+
+
+def _norm(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(gradient.coalesce().values() if gradient.is_sparse else gradient, dtype=dtype)

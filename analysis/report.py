@@ -51,7 +51,9 @@ timesteps. Differences are paired by seed (same initialisation, data order, nois
 the baseline's final loss compare runs of one seed and are interpolated between validations; a run that never arrives
 is shown as "not reached", never left out. The conflict rate is the share of interval pairs with a negative gradient
 cosine, over all parameters, with its standard error over the probes within these runs (given these runs, not a spread
-over seeds); gradients that are pure noise give 0.5.
+over seeds); gradients that are pure noise give 0.5, so the rate counts the noise of single probes as conflict. Which
+pairs conflict significantly is tested over all probes together, at a false discovery rate of 5 %. Error bars of the
+figures about gradients are 95 % intervals from leaving out batches of probes (jackknife): they speak about these runs.
 """
 
 

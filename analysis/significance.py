@@ -79,7 +79,8 @@ def conflict_rate(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors 
         ``rate`` and ``standard_error`` (...); ``by_step`` (gradient_step, ...); ``null`` (0.5) and ``null_error``: the
         standard deviation of one step's rate if all pairs were independent noise; ``conflicting`` and ``agreeing``
         (...): the share of pairs whose cosine, corrected or not, is significantly negative or positive by `z_scores`
-        over all pairs and layers. Neither counts the pairs that are not resolved.
+        over all pairs and layers; and ``pairs`` (...), how many could be tested. Those that neither counts are not
+        resolved.
     """
     products = task_gramian(gramian, count)
     size = products.sizes["task"]
@@ -94,6 +95,7 @@ def conflict_rate(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors 
     tested = (scores["z"].notnull() & above).sum(_PAIR)
     for name, side in (("conflicting", scores["z"] < 0), ("agreeing", scores["z"] > 0)):
         found[name] = (significant & side).sum(_PAIR) / tested.where(tested > 0)
+    found["pairs"] = tested
     found["by_step"] = by_step
     found["null"] = NOISE_NULL
     found["null_error"] = NOISE_NULL / (pairs.where(pairs > 0) ** 0.5).mean(STEP)

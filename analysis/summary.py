@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from analysis.conflict_summary import conflict_sentences
 from analysis.convergence import paired_difference, speed_up, steps_to_baseline
 from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS
 from analysis.methods import method_name, ordered, reference_method
@@ -147,7 +148,7 @@ def verdict(runs: Sequence[xr.Dataset], summary: pd.DataFrame, curves: pd.DataFr
     findings = [_loss_sentence(curves, method, reference) for method in others]
     findings += [_speed_sentence(reached, method, reference) for method in others]
     findings += [_parts_sentence(curves, method, reference) for method in others]
-    findings = [sentence for sentence in findings if sentence] + _conflict_sentences(summary)
+    findings = [sentence for sentence in findings if sentence] + conflict_sentences(runs, summary)
     if len(summary) == 1:
         findings.insert(0, f"Only {method_name(reference)} was run: there is nothing to compare it with.")
     seeds = int(summary["seeds"].min())
@@ -212,25 +213,6 @@ def _speed_sentence(reached: pd.DataFrame, method: str, reference: str) -> str:
     certain = interval.low > 1 or interval.high < 1
     note = "" if certain else ", which the seeds cannot tell from 1"
     return f"{name} reached the final loss of {base} {interval.estimate:.2f}x as fast ({span}){note}."
-
-
-def _conflict_sentences(summary: pd.DataFrame) -> list[str]:
-    sentences = []
-    for method, row in summary.iterrows():
-        rate, error = row["conflict_rate"], row["conflict_rate_error"]
-        if not np.isfinite(rate):
-            continue
-        text = f"Conflict rate of {method_name(str(method))}: {rate:.3f}"
-        if not np.isfinite(error):
-            sentences.append(f"{text}, from too few probes for a standard error.")
-        elif abs(rate - NOISE_NULL) <= 2 * error:
-            sentences.append(
-                f"{text} ± {error:.3f} (over probes), not distinguishable from the 0.5 that pure noise gives."
-            )
-        else:
-            side = "below" if rate < NOISE_NULL else "above"
-            sentences.append(f"{text} ± {error:.3f} (over probes), {side} the 0.5 that pure noise gives.")
-    return sentences
 
 
 def comparability(runs: Sequence[xr.Dataset]) -> list[str]:

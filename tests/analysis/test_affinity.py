@@ -27,7 +27,9 @@ def test_gradient_affinity_finds_the_two_groups(runs):
     assert got.values[above][~same].max() < 0.1
     plain = affinity.gradient_affinity(runs[0], corrected=False)
     assert np.abs(plain.values[above]).mean() < 0.5 * np.abs(got.values[above]).mean()
-    assert affinity.gradient_affinity(runs[0], level="block").dims == ("block", "task", "other_task")
+    by_block = affinity.gradient_affinity(runs[0], level="block")
+    assert by_block.block.values.tolist() == ["x_embedder", "blocks.0", "blocks.1", "final_layer"]
+    assert by_block.dims == ("block", "task", "other_task")
 
 
 def test_mask_overlap_equals_brute_force(runs):

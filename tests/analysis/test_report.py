@@ -79,6 +79,23 @@ def test_warnings_and_one_method(runs):
     assert len(figures) == 10  # no routed run, hence no mask overlap
 
 
+def test_runs_measured_without_halves_have_no_figures_that_need_them(runs):
+    whole = [run.isel(half=[0], other_half=[0]) for run in runs]
+    figures = report_figures(whole, curves_frame(whole))
+    names = {figure.name for figure in figures}
+    assert {"conflict_matrix", "conflict_rate", "conflict_by_block"} <= names
+    assert names.isdisjoint({"raw_vs_corrected", "update_shares", "noise_scale"})
+    by_block = next(figure for figure in figures if figure.name == "conflict_by_block")
+    assert len(by_block.figure.axes) == 1  # no map of corrected cosines
+
+
+def test_one_probe_is_drawn_as_undefined_not_as_zero(runs):
+    short = [run.isel(gradient_step=[0]) for run in runs]
+    figures = report_figures(short, curves_frame(short))
+    raw = next(figure for figure in figures if figure.name == "raw_vs_corrected").figure.axes[0]
+    assert [text.get_text() for text in raw.texts] == ["undefined: 28 of 28"]
+
+
 def test_runs_without_probes_have_fewer_figures(runs):
     names = ["gramian", "group_count", "group_loss", "activation_mean_square"]
     _, figures = rendered([run.drop_vars(names) for run in runs])

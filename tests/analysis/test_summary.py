@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -85,6 +86,24 @@ def test_verdict_of_a_draw_with_few_seeds(runs):
     assert "nothing to compare" in verdict(baseline).findings[0]
 
 
+def test_verdict_says_which_pairs_conflict_beyond_noise(runs):
+    """Of 28 pairs 16 conflict (-0.4) and 12 agree (0.8)."""
+    said = " ".join(verdict(runs).findings)
+    pairs = re.findall(r"Of 28 pairs of intervals (\d+) conflict and (\d+) agree significantly .* (\d+) are not", said)
+    assert len(re.findall("Conflict rate of", said)) == 3
+    against, together, rest = map(int, pairs[0])
+    assert against + together + rest == 28
+    assert 10 <= against <= 17
+    assert 10 <= together <= 13
+    rows = runs_frame(runs).set_index("method").loc["dtr", "conflict_rate"]
+    assert f"over probes; ± {rows.std(ddof=1) / np.sqrt(3):.3f} over 3 runs" in said
+
+
+def test_verdict_on_one_run_says_that_it_is_one(runs):
+    said = " ".join(verdict(runs[:1]).findings)
+    assert "over the probes of one run, which says nothing about other seeds" in said
+
+
 def test_mixed_arrivals_name_every_seed(runs):
     chosen = [run for run in runs if run.attrs["method"] != "random"]
     chosen = [scaled(run, 3.0) if run.attrs["name"] == "dtr-1" else run for run in chosen]
@@ -111,6 +130,8 @@ def test_comparability_names_what_differs(runs):
     assert "DTR differ in their routing" in comparability([*runs, changed(dtr, routing=routing)])[0]
     killed = runs[0].assign_attrs(status="KILLED")
     assert "baseline-0 (KILLED)" in comparability([killed])[0]
+    partial = runs[0].assign(coverage=runs[0].coverage * 0.9)
+    assert "baseline-0 90.0%" in comparability([partial, runs[1]])[0]
     short = runs[0].isel(val_step=slice(3))
     assert "different steps (300 to 1,000)" in comparability([short, runs[1]])[0]
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -48,6 +49,21 @@ def test_gramian_activation_and_mask_land_in_their_cells(folder):
     np.testing.assert_array_equal(cell.activation_mean_square, np.float32(row["mean_square"]))
     assert cell.activation_count == row["count"]
     np.testing.assert_array_equal(run["mask"].sel(block="blocks.1"), synthetic.dtr_mask("dtr", 0, 32))
+
+
+def test_coverage_is_read_and_shards_may_lack_it_or_hold_more(folder):
+    paths = sorted((folder / records.GRADIENT_GRAMIAN).glob("*.parquet"))
+    old, new = (pq.read_table(path) for path in paths)
+    pq.write_table(old.drop_columns("coverage"), paths[0])
+    place = new.schema.get_field_index("coverage")
+    new = new.set_column(place, "coverage", pa.array([0.75] * len(new))).append_column(
+        "more", pa.array(range(len(new)))
+    )
+    pq.write_table(new, paths[1])
+    run = read_telemetry(folder)
+    assert run.coverage.dims == ("gradient_step",)
+    assert run.coverage.values.tolist() == [1.0] * 5 + [0.75] * 5
+    assert run.gramian.notnull().all()
 
 
 def test_coordinates_name_the_intervals(folder):

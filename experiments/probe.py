@@ -80,8 +80,8 @@ def _add_budget(group: argparse._ArgumentGroup) -> None:
         "--precision",
         type=float,
         metavar="E",
-        help="stop as soon as at least half of the noise-corrected cosines are defined and each of these has a standard "
-        "error of at most E (with --timesteps: their root mean square)",
+        help="stop as soon as at least half of the noise-corrected cosines are defined, each with a standard error of "
+        "at most E (with --timesteps: their root mean square)",
     )
     group.add_argument("--minutes", type=float, help="stop after the batch in which so many minutes have passed")
     group.add_argument("--seed", type=int, default=0, help="of images, noise and timesteps (default: %(default)s)")

@@ -123,6 +123,8 @@ class IntervalProbe:
 
         With few batches a cosine may pass for defined by chance, and a single one is no measurement of the matrix.
         """
+        if not self.totals:
+            return math.inf
         data = self.dataset()
         found = conflict.corrected_cosine(data["gramian"].isel(layer=0), data["group_count"])
         error = found["standard_error"].values

@@ -98,13 +98,11 @@ def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> Stopped:
     run = summary.read_measured(record.folder / records.TELEMETRY_DIR, method, manifest.seed, name)
     found = summary.interval_statistics(run)
     numbers = summary.summary_numbers(found)
-    record.log_metrics(
-        {
-            "conflict/rate": numbers["conflict_rate"] or math.nan,
-            "conflict/mean_cosine": numbers["mean_corrected_cosine"] or math.nan,
-        },
-        measured,
-    )
+    scalars = {
+        "conflict/rate": numbers["conflict_rate"],
+        "conflict/mean_cosine": numbers["mean_corrected_cosine"],
+    }
+    record.log_metrics({key: value for key, value in scalars.items() if value is not None}, measured)
     record.log_heatmap(
         "conflict_cosine",
         heatmap_image(found["cosine"].values, found["interval"].values.tolist(), title="Noise-corrected cosine"),

@@ -15,6 +15,7 @@ from experiments.probe_data import Batches
 from experiments.probe_intervals import IntervalProbe, build_intervals
 from lightning_modules.config import IntervalConfig
 from lightning_modules.denoiser import NoisedBatch
+from tests.conftest import BACKBONE, UNET
 from tests.experiments.probe_helpers import RUN_ID, prepare, run_probe, save_checkpoint
 
 
@@ -70,7 +71,9 @@ def test_the_whole_way_with_tracking(checkpoint, tmp_path, capsys, monkeypatch):
     assert "intervals.csv" in {item.path for item in client.list_artifacts(logged.info.run_id)}
 
 
-def test_every_batch_is_what_separate_backward_passes_give(checkpoint):
+@pytest.mark.parametrize("backbone", [BACKBONE, UNET], ids=["dit", "unet"])
+def test_every_batch_is_what_separate_backward_passes_give(make_denoiser, tmp_path, backbone):
+    checkpoint = save_checkpoint(make_denoiser("dtr", backbone=backbone), tmp_path / "last.ckpt")
     args, subject, batches = prepare(checkpoint, "--intervals=3", "--loss-weight=min_snr")
     probe = IntervalProbe(subject, batches, build_intervals(args, subject), args.halves)
     gramian = probe.measure(5)
@@ -164,8 +167,8 @@ def test_a_cosine_defined_by_chance_is_no_precision(checkpoint, monkeypatch):
         probe.measure(number)
     defined = probe.precision()
     assert np.isfinite(defined)
-    signal = np.diag([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    probe.totals = [signal @ total @ signal for total in probe.totals]  # only the first interval has both halves
+    kept = np.diag([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    probe.totals = [kept @ total @ kept for total in probe.totals]  # one pair of intervals of six has gradients
     assert probe.precision() == np.inf
 
 

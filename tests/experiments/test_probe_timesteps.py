@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from experiments.probe_timesteps import TimestepProbe, check_exact, choose_timesteps, projection_of
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.gradients.sketch import CountSketch
+from tests.conftest import BACKBONE, UNET
 from tests.experiments.probe_helpers import prepare, run_probe, save_checkpoint
 
 
@@ -38,7 +39,9 @@ def test_every_timestep_is_visited_equally_often_by_both_halves_in_random_order(
     assert [probe.ends_a_pair_of_passes(number) for number in range(1, 7)] == [False, False, True, False, False, True]
 
 
-def test_the_exact_affinity_is_that_of_gradients_one_by_one(checkpoint):
+@pytest.mark.parametrize("backbone", [BACKBONE, UNET], ids=["dit", "unet"])
+def test_the_exact_affinity_is_that_of_gradients_one_by_one(make_denoiser, tmp_path, backbone):
+    checkpoint = save_checkpoint(make_denoiser("dtr", backbone=backbone), tmp_path / "last.ckpt")
     _, probe = make_probe(checkpoint, "--timesteps=8", "--samples=2", "--check-exact")
     for number in (1, 2, 3):
         probe.measure(number)

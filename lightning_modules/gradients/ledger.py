@@ -116,6 +116,10 @@ class Ledger:
             self._pull_back(operand, kept)
         return total.view(target.shape).to(target.dtype)
 
+    def uncover_all(self) -> None:
+        """Notes that samples could not be told apart somewhere: no split can be vouched for."""
+        self.uncovered.update(range(len(self._parameters)))
+
     def settle(self) -> None:
         """Passes on whatever is still kept."""
         for index in sorted(self._kept):

@@ -13,12 +13,31 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_MOVING = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "einsum", "__get__"}
-"""Functions (and properties, such as ``x.T``) that may return a view with other dimensions in front."""
-_STACKING = {"cat", "concat", "concatenate", "stack", "vstack", "repeat", "tile"}
-"""Functions that may put several batches one after the other along dimension 0."""
+ELEMENTWISE = {
+    f"{prefix}{name}{suffix}"
+    for name in ("add", "sub", "mul", "div", "truediv", "pow")
+    for prefix, suffix in (("", ""), ("", "_"), ("__", "__"), ("__r", "__"), ("__i", "__"))
+} | {
+    "true_divide",
+    "subtract",
+    "multiply",
+    "divide",
+    "rsub",
+    "maximum",
+    "minimum",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "where",
+}
+"""Names of operators that broadcast, whose every output number comes from one number of each input."""
+
 LOST = -1
 """Batch dimension of a tensor whose samples cannot be located."""
+_MOVING = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "einsum", "__get__"}
+"""Functions (and properties, such as ``x.T``) that may return a view with other dimensions in front."""
+_PICKING = {"__getitem__", "index_select", "flip", "roll", "stack"}
+"""Functions that may change the order of samples, or put something else in front of them."""
 
 
 class Mark(NamedTuple):
@@ -36,14 +55,28 @@ class Mark(NamedTuple):
 
 
 class Provenance:
-    """Marks of tensors, by identity. Holds no tensor alive."""
+    """Marks of tensors, by identity. Holds no tensor alive.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor]) -> None:
+    Args:
+        trained: The parameters that are measured, by number.
+        constants: Other parameters, and buffers.
+        batch_size: B.
+    """
+
+    def __init__(self, trained: Iterable[nn.Parameter], constants: Iterable[Tensor], batch_size: int) -> None:
         self._marks: dict[int, tuple[weakref.ref[Tensor], Mark]] = {}
-        for index, parameter in enumerate(parameters):
+        self.batch_size = batch_size
+        for tensor in constants:
+            self.mark(tensor, Mark((), True))
+        for index, parameter in enumerate(trained):
             self.mark(parameter, Mark((index,), True))
-        for buffer in buffers:
-            self.mark(buffer, Mark((), True))
+
+    def carries_samples(self, tensor: Tensor) -> bool:
+        """Whether a tensor differs between samples: all that come from outside, and what is computed from them."""
+        mark = self.of(tensor)
+        if mark is not None:
+            return not mark.constant
+        return tensor.dim() > 0 and tensor.shape[0] > 0 and tensor.shape[0] % self.batch_size == 0
 
     def mark(self, tensor: Tensor, mark: Mark) -> None:
         """Marks a tensor."""
@@ -60,57 +93,86 @@ class Provenance:
             if not (tensor.is_leaf and tensor.requires_grad):
                 self.mark(tensor, mark)
 
-    def follow_batch(self, func: Any, inputs: list[Tensor], outputs: Any) -> None:
+    def follow_batch(self, func: Any, inputs: list[Tensor], args: tuple[Any, ...], outputs: Any) -> bool:
         """Keeps track of samples that are moved away from the front, as sequence-first layers do.
 
         Samples are taken to lie in front, m consecutive rows for each, until a function moves them; from then on they
         are followed, and where they cannot be, they count as lost.
+
+        Returns:
+            Whether this function has lost them.
         """
         name = getattr(func, "__name__", "")
-        moved = [(tensor, at) for tensor in inputs if (at := self._moved_to(tensor)) != 0]
-        if not moved and name not in _MOVING and name not in _STACKING:
-            return
+        carriers = [tensor for tensor in inputs if self.carries_samples(tensor)]
+        before = {self.batch_dim(tensor) for tensor in carriers}
+        ordinary = before == {0} and name not in _MOVING and name not in _PICKING
+        if ordinary and all(_alike(tensor, outputs) for tensor in carriers):
+            return False
+        if name == "multi_head_attention_forward":
+            carriers = carriers[:1]  # keys and values may be longer
+        lost = False
         for output in tensors_in((outputs,), {}):
-            if name in _STACKING:
-                at = _stacked(inputs, output) if not moved else LOST
-            elif moved:
-                places = {_followed(tensor, at, output) for tensor, at in moved}
-                at = places.pop() if len(places) == 1 else LOST
-            else:
-                at = _followed(inputs[0], 0, output)
+            places = {self._followed(name, args, tensor, output) for tensor in carriers}
+            at = places.pop() if len(places) == 1 else LOST
+            lost |= at == LOST
             if at != 0:
                 self.mark(output, Mark((), False, at))
+        return lost and LOST not in before
 
-    def _moved_to(self, tensor: Tensor) -> int:
+    def batch_dim(self, tensor: Tensor) -> int:
+        """The dimension that runs over samples, or `LOST`."""
         mark = self.of(tensor)
         return 0 if mark is None else mark.batch_dim
 
+    def _followed(self, name: str, args: tuple[Any, ...], source: Tensor, output: Tensor) -> int:
+        """Where an input's samples are in an output."""
+        at = self.batch_dim(source)
+        if output.dim() == 0:
+            return 0
+        if at == LOST or (source is args[0] and _reorders(name, args, at)):
+            return LOST
+        if name == "stack":
+            dim = args[1] if len(args) > 1 else 0
+            return at if dim > at else at + 1 if dim >= 0 else LOST
+        if output.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+            # A view: a dimension that is not taken apart keeps its size and its stride.
+            identity = (source.shape[at], source.stride(at))
+            places = [d for d in range(output.dim()) if (output.shape[d], output.stride(d)) == identity]
+            if places:
+                return at if at in places else places[0]
+        elif name in ELEMENTWISE and output.dim() != source.dim():
+            at += output.dim() - source.dim()  # dimensions are matched from the last one on
+        # What lies before the samples is as it was; they may have been joined with what follows, or parted from it.
+        if output.dim() <= at or output.shape[:at] != source.shape[:at]:
+            return LOST
+        reshaped = output.numel() == source.numel() or name == "repeat_interleave"
+        kept = output.shape[at] == source.shape[at] or (reshaped and output.shape[at] % self.batch_size == 0)
+        return at if kept else LOST
 
-def _followed(source: Tensor, at: int, output: Tensor) -> int:
-    """Where the samples, along dimension ``at`` of an input, are in an output."""
-    if at == LOST or output.dim() == 0:
-        return LOST if output.dim() else 0
-    if output.shape == source.shape and output.stride() == source.stride():
-        return at
-    if output.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
-        # A view: a dimension that is not taken apart keeps its size and its stride.
-        identity = (source.shape[at], source.stride(at))
-        places = [d for d in range(output.dim()) if (output.shape[d], output.stride(d)) == identity]
-        if places:
-            return at if at in places else places[0]
-    # What lies before the samples is as it was, and they may have been joined with what follows them.
-    rows = output.shape[at] if output.dim() > at else 1
-    return at if output.shape[:at] == source.shape[:at] and rows % source.shape[at] == 0 else LOST
+
+def _alike(source: Tensor, output: Any) -> bool:
+    """Whether an output has as many dimensions as an input and as many rows: nothing suggests that samples moved."""
+    if not isinstance(output, Tensor) or output.dim() != source.dim():
+        return False
+    return output.dim() == 0 or output.shape[0] == source.shape[0]
 
 
-def _stacked(inputs: list[Tensor], output: Tensor) -> int:
-    """Where the samples are after tensors with samples in front were joined or repeated."""
-    alike = [tensor for tensor in inputs if tensor.dim() == output.dim()]
-    if not alike:  # stacked along a new dimension
-        if output.shape[0] == inputs[0].shape[0]:
-            return LOST if len(inputs) == output.shape[0] else 0  # lost: it could be either
-        return 1
-    return 0 if output.shape[0] in {tensor.shape[0] for tensor in alike} else LOST
+def _reorders(name: str, args: tuple[Any, ...], at: int) -> bool:
+    """Whether samples are picked or permuted along their dimension."""
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return len(index) > at and isinstance(index[at], Tensor | list)
+    if name == "index_select":
+        return at in args[1:2]
+    if name in ("flip", "roll"):
+        return at in {dim for value in args[1:] for dim in (value if isinstance(value, list | tuple) else (value,))}
+    return False
+
+
+def is_constant_factory(func: Any) -> bool:
+    """Whether an operator without tensor arguments makes something that is the same for all samples."""
+    name = getattr(func, "__name__", "")
+    return not name.startswith(("rand", "empty")) and name not in ("normal", "bernoulli")
 
 
 def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

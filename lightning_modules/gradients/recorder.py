@@ -26,9 +26,9 @@ from lightning_modules.gradients.gramian import Gramian, by_layer
 from lightning_modules.gradients.groups import Groups
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.operators import HANDLERS
-from lightning_modules.gradients.operators.general import ELEMENTWISE, elementwise, general
-from lightning_modules.gradients.provenance import Mark, Provenance, tensors_in
-from lightning_modules.gradients.tap import Operation, Tap
+from lightning_modules.gradients.operators.general import elementwise, general
+from lightning_modules.gradients.provenance import ELEMENTWISE, LOST, Mark, Provenance, is_constant_factory, tensors_in
+from lightning_modules.gradients.tap import Operation, Tap, Unseen
 
 
 class GramianRecorder(TorchFunctionMode):
@@ -91,7 +91,8 @@ class GramianRecorder(TorchFunctionMode):
         self.names = tuple(trained)
         self.groups = Groups(group, num_groups)
         self._parameters = list(trained.values())
-        self._provenance = Provenance(self._parameters, model.buffers())
+        constants = (*model.buffers(), *model.parameters())
+        self._provenance = Provenance(self._parameters, constants, self.groups.size)
         self._reduction = reduction
         self._scale = scale
         self._world = dist.get_world_size() if processes == "global" and dist.is_initialized() else 1
@@ -130,6 +131,7 @@ class GramianRecorder(TorchFunctionMode):
             ValueError: If ``group`` is malformed.
         """
         self.groups = self.ledger.groups = Groups(group, self.groups.num_groups)
+        self._provenance.batch_size = self.groups.size
         self._counts += self.groups.counts
 
     def finish(self) -> None:
@@ -162,10 +164,8 @@ class GramianRecorder(TorchFunctionMode):
         self.finish()
         layers, values = by_layer(self.names, self._collector.values)
         sizes = [parameter.numel() for parameter in self._parameters]
-        missing = sum(sizes[index] for index in uncovered)
-        return Gramian(
-            layers, values, self._counts, 1 - missing / sum(sizes), tuple(self.names[index] for index in uncovered)
-        )
+        coverage = 1 - sum(sizes[index] for index in uncovered) / sum(sizes)
+        return Gramian(layers, values, self._counts, coverage, tuple(self.names[index] for index in uncovered))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -178,28 +178,16 @@ class GramianRecorder(TorchFunctionMode):
         marks = [self._provenance.of(tensor) for tensor in tensors]
         if func is nn.functional.batch_norm:
             refuse_batch_statistics(args, kwargs)
-        if not any(marks):
-            output = func(*args, **kwargs)
-            if tensors:
-                self._provenance.follow_batch(func, tensors, output)
-            elif is_constant_factory(func):
-                self._provenance.mark_outputs(output, Mark((), True))
-            return output
         params = {index for mark in marks if mark is not None for index in mark.params}
-        samples = any(self._carries_samples(tensor, mark) for tensor, mark in zip(tensors, marks, strict=True))
+        samples = any(self._provenance.carries_samples(tensor) for tensor in tensors)
         if params and samples:
             return self._meet(func, args, kwargs, tensors)
         output = func(*args, **kwargs)
         if samples:
-            self._provenance.follow_batch(func, tensors, output)
-        else:
+            output = self._follow(func, tensors, args, output)
+        elif tensors or is_constant_factory(func):
             self._provenance.mark_outputs(output, Mark(tuple(sorted(params)), True))
         return output
-
-    def _carries_samples(self, tensor: Tensor, mark: Mark | None) -> bool:
-        if mark is not None:
-            return not mark.constant
-        return tensor.dim() > 0 and tensor.shape[0] > 0 and tensor.shape[0] % self.groups.size == 0
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> Any:
         """Runs an operator in which parameters meet the batch."""
@@ -208,13 +196,34 @@ class GramianRecorder(TorchFunctionMode):
                 mark = self._provenance.of(tensor)
                 self.expect(() if mark is None else mark.params)
             return func(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():  # the batch is hidden inside of vmap's tensors
+            self.ledger.uncover_all()
+            return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         output = NotImplemented if handler is None else handler(self, func, *args, **kwargs)
         if output is NotImplemented and func.__name__ in ELEMENTWISE:
             output = elementwise(self, func, args, kwargs)
         if output is NotImplemented:
             output = general(self, func, args, kwargs)
-        self._provenance.follow_batch(func, tensors, output)
+        return self._follow(func, tensors, args, output)
+
+    def _follow(self, func: Any, tensors: list[Tensor], args: tuple[Any, ...], output: Any) -> Any:
+        """Keeps track of the samples. A gradient that comes back from where they were lost makes nothing certain."""
+        if not self._provenance.follow_batch(func, tensors, args, output):
+            return output
+        if type(output) not in (Tensor, list, tuple) or any(output is tensor for tensor in tensors):
+            self.ledger.uncover_all()
+            return output
+        return self._guarded(output)
+
+    def _guarded(self, output: Any) -> Any:
+        if isinstance(output, list | tuple):
+            return type(output)(self._guarded(part) for part in output)
+        if not isinstance(output, Tensor) or self.batch_dim(output) != LOST:
+            return output
+        if output.requires_grad and torch.is_grad_enabled():
+            output = Unseen.apply(output, range(len(self._parameters)), self.ledger)
+            self._provenance.mark(output, Mark((), False, LOST))
         return output
 
     def operand(self, tensor: Tensor | None) -> Operand | None:
@@ -230,13 +239,21 @@ class GramianRecorder(TorchFunctionMode):
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is the same for all samples."""
-        mark = self._provenance.of(tensor)
-        return mark is not None and mark.constant
+        return not self.carries_samples(tensor)
 
     def batch_dim(self, tensor: Tensor) -> int:
         """The dimension of ``tensor`` that runs over samples."""
-        mark = self._provenance.of(tensor)
-        return 0 if mark is None else mark.batch_dim
+        return self._provenance.batch_dim(tensor)
+
+    def carries_samples(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` differs between samples."""
+        return self._provenance.carries_samples(tensor)
+
+    def lose(self, outputs: Any, params: set[int]) -> Any:
+        """``outputs`` of an operator that could not be split: its parameters and what follows are uncovered."""
+        self.ledger.uncovered.update(params)
+        self._provenance.mark_outputs(outputs, Mark((), False, LOST))
+        return outputs
 
     def autocast(self, x: Tensor) -> Tensor:
         """``x`` in the precision that autocast would give it, so that it is kept once, not in two precisions."""
@@ -271,12 +288,6 @@ class GramianRecorder(TorchFunctionMode):
     def _average(self, rows: Tensor) -> None:
         dist.all_reduce(rows)
         rows /= self._world
-
-
-def is_constant_factory(func: Any) -> bool:
-    """Whether an operator without tensor arguments makes something that is the same for all samples."""
-    name = getattr(func, "__name__", "")
-    return not name.startswith(("rand", "empty")) and name not in ("normal", "bernoulli")
 
 
 def refuse_batch_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -89,3 +89,20 @@ class Expand(torch.autograd.Function):
                 rows = groups.sum(grad.reshape(grad.shape[0], -1))
                 total = ctx.ledger.deliver(ctx.operand, [(0, rows)])
         return total, None, None, None, None
+
+
+class Unseen(torch.autograd.Function):
+    """Identity on a tensor that is not split: a gradient that comes back through it makes parameters uncovered."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, params: Iterable[int], ledger: Ledger) -> Tensor:
+        """The tensor."""
+        ctx.params, ctx.ledger = params, ledger
+        return tensor.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Notes the parameters."""
+        ctx.ledger.uncovered.update(ctx.params)
+        return grad, None, None

@@ -10,41 +10,24 @@ from torch import Tensor
 
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.provenance import LOST, tensors_in
-from lightning_modules.gradients.tap import Expand
+from lightning_modules.gradients.tap import Expand, Unseen
 
 if TYPE_CHECKING:
     from lightning_modules.gradients.recorder import GramianRecorder
 
-ELEMENTWISE = {
-    f"{prefix}{name}{suffix}"
-    for name in ("add", "sub", "mul", "div", "truediv", "pow")
-    for prefix, suffix in (("", ""), ("", "_"), ("__", "__"), ("__r", "__"), ("__i", "__"))
-} | {
-    "true_divide",
-    "subtract",
-    "multiply",
-    "divide",
-    "rsub",
-    "maximum",
-    "minimum",
-    "lerp",
-    "addcmul",
-    "addcdiv",
-    "where",
-}
-"""Names of operators that broadcast, whose every output number comes from one number of each input."""
-
-_MIXING = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-"""Operators whose layout of the batch cannot be told from the output."""
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+"""Operators that say by their last argument whether samples come first."""
 
 
 def elementwise(recorder: GramianRecorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Repeats operands for every sample before the operator: autograd then returns their gradients per sample."""
     tensors = tensors_in(args, kwargs)
-    if any(recorder.batch_dim(tensor) for tensor in tensors):
-        return NotImplemented
     shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    if not shape or shape[0] % recorder.groups.size:
+    for tensor in tensors:
+        aligned = tensor.dim() == len(shape) and tensor.shape[:1] == shape[:1] and recorder.batch_dim(tensor) == 0
+        if recorder.carries_samples(tensor) and not aligned:
+            return NotImplemented
+    if _is_in_place(func) and recorder.operand(tensors[0]) is not None:
         return NotImplemented
 
     def expand(tensor: Tensor) -> Tensor:
@@ -103,7 +86,7 @@ class GeneralOperation:
                 if part is not None:
                     into[index] = part.flatten()
             if not self._stays_inside(parts[len(self.leaves) :], members[index]):
-                ledger.uncovered.update(i for operand in self._owners for i in operand.params)
+                ledger.uncover_all()  # samples mix, so what arrives before this operator belongs to no one sample
                 return []
         for operand, part in zip(self._owners, rows, strict=True):
             ledger.deliver(operand, [(0, part)])
@@ -112,50 +95,71 @@ class GeneralOperation:
     def _stays_inside(self, parts: Sequence[Tensor | None], own: Tensor) -> bool:
         """Whether a group's outputs depend on no other group's inputs."""
         for part in parts:
-            if part is None or part.shape[self.batch_dim] != len(own):
+            if part is None:
                 continue
-            outside = part.movedim(self.batch_dim, 0)[own == 0]
-            if outside.count_nonzero():
+            if part.dim() <= self.batch_dim or len(own) % part.shape[self.batch_dim]:
+                return False
+            mine = own.view(part.shape[self.batch_dim], -1).amax(1)
+            if part.movedim(self.batch_dim, 0)[mine == 0].count_nonzero():
                 return False
         return True
 
 
 def general(recorder: GramianRecorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs any operator; its operands are split the slow way, or reported as uncovered where that is impossible."""
-    leaves: dict[int, Tensor] = {}
-    operands: dict[int, Operand] = {}
-
-    def alias(tensor: Tensor) -> Tensor:
-        operand = recorder.operand(tensor)
-        if operand is None:
-            return tensor
-        operands[id(tensor)] = operand
-        return leaves.setdefault(id(tensor), tensor.view_as(tensor))
-
     tensors = tensors_in(args, kwargs)
-    result = func(*_replaced(args, alias), **{key: _replaced((value,), alias)[0] for key, value in kwargs.items()})
-    packed = isinstance(result, tuple)
-    output = result[0] if packed and result else result
-    moved = {at for tensor in tensors if (at := recorder.batch_dim(tensor))}
-    at = moved.pop() if len(moved) == 1 else LOST if moved else 0
-    if getattr(func, "__name__", "") == "multi_head_attention_forward":
-        at = 1 if args[0].dim() == 3 and at in (0, 1) else LOST
-    if not _separable(recorder, func, output, at) or (
-        packed and any(t.requires_grad for t in tensors_in(result[1:], {}))
-    ):
-        recorder.ledger.uncovered.update(index for operand in operands.values() for index in operand.params)
-        return result
-    inputs = [tensor for tensor in tensors if id(tensor) not in leaves and tensor.requires_grad]
-    operation = GeneralOperation(output, list(leaves.values()), list(operands.values()), inputs, at)
-    tapped = recorder.tap(output, operation)
-    recorder.expect(index for operand in operands.values() for index in operand.params)
-    return (tapped, *result[1:]) if packed else tapped
+    owners = {id(tensor): operand for tensor in tensors if (operand := recorder.operand(tensor)) is not None}
+    params = {index for operand in owners.values() for index in operand.params}
+    at = _batch_dim(recorder, func, args, tensors)
+    if at == LOST or (_is_in_place(func) and id(args[0]) in owners):
+        return recorder.lose(func(*args, **kwargs), params)
+    stand_ins = {id(t): _stand_in(t, id(t) in owners, recorder.is_constant(t)) for t in tensors}
+
+    def replace(tensor: Tensor) -> Tensor:
+        return stand_ins[id(tensor)]
+
+    result = func(*_replaced(args, replace), **{key: _replaced((value,), replace)[0] for key, value in kwargs.items()})
+    output, others = (result[0], result[1:]) if isinstance(result, tuple) and result else (result, ())
+    if not isinstance(output, Tensor) or output.dim() <= at or output.shape[at] % recorder.groups.size:
+        return recorder.lose(result, params)
+    inputs = [stand_ins[id(t)] for t in tensors if id(t) not in owners and stand_ins[id(t)].requires_grad]
+    leaves = [stand_ins[key] for key in owners]
+    tapped = recorder.tap(output, GeneralOperation(output, leaves, list(owners.values()), inputs, at))
+    recorder.expect(params)
+    if not isinstance(result, tuple):
+        return tapped
+    hidden = (
+        Unseen.apply(o, params, recorder.ledger) if isinstance(o, Tensor) and o.requires_grad else o for o in others
+    )
+    return (tapped, *hidden)
 
 
-def _separable(recorder: GramianRecorder, func: Any, output: Any, at: int) -> bool:
-    if not isinstance(output, Tensor) or getattr(func, "__name__", "") in _MIXING or not output.requires_grad:
-        return False
-    return 0 <= at < output.dim() and output.shape[at] > 0 and output.shape[at] % recorder.groups.size == 0
+def _batch_dim(recorder: GramianRecorder, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> int:
+    """Where the output's samples should be: where the inputs' are."""
+    carriers = [tensor for tensor in tensors if recorder.carries_samples(tensor)]
+    places = {recorder.batch_dim(tensor) for tensor in carriers}
+    at = places.pop() if len(places) == 1 else LOST
+    if func.__name__ == "multi_head_attention_forward" and carriers[0].dim() == 3 and at != 1:
+        return LOST  # it takes sequences first, but the samples are not second
+    if func.__name__ in _RECURRENT:
+        packed, batch_first = isinstance(args[1], Tensor) and args[1].dim() == 1, args[-1]
+        return LOST if packed or at != (0 if batch_first else 1) else at
+    return at
+
+
+def _stand_in(tensor: Tensor, is_operand: bool, is_constant: bool) -> Tensor:
+    """What an operator gets in place of a tensor, so that gradients can be taken at this operator alone."""
+    if is_operand or (tensor.requires_grad and tensor.is_leaf):
+        return tensor.view_as(tensor)
+    if tensor.is_floating_point() and not tensor.requires_grad and not is_constant:
+        return tensor.detach().requires_grad_()  # to see whether samples stay apart
+    return tensor
+
+
+def _is_in_place(func: Any) -> bool:
+    """Whether an operator changes its first argument."""
+    name = func.__name__
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def _replaced(values: Any, replace: Any) -> tuple[Any, ...]:

@@ -99,6 +99,8 @@ class Comparison:
         best = min((case for _, case in usable), key=lambda case: case.trial)
         chosen = best.method.variant
         best.note = f"{best.note} ({chosen})" if chosen else best.note
+        if self.setting.compiled and not best.method.compiles:
+            best.note += "; does not run on compiled models, so not compiled here"
         for variant, case in usable:
             slower = f"{case.trial / best.trial:.1f} times slower at K = {number}"
             if case.trial > HOPELESS * best.trial:

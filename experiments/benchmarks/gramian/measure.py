@@ -15,7 +15,7 @@ from experiments.benchmarks.gramian.methods import Method, Plain, Setting, named
 from experiments.benchmarks.gramian.workloads import Batch, Workload
 from lightning_modules.gradients import gramian_by_subbatches
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest error allowed, relative to the largest entry of the Gramian and to the norm of the gradient."""
 
 
@@ -91,8 +91,8 @@ def check(method: Method, batch: Batch, truth: Truth, available: float) -> Case:
             f"memory: its gradients alone take {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
         )
     try:
-        if not method.optimizer.state:
-            method.step(batch)  # the optimiser's state comes into being with its first step
+        if not method.optimizer.state or method.setting.compiled:
+            method.step(batch)  # the optimiser's state comes into being with its first step, and compilation ends
         started = time.perf_counter()
         peak, gramian = step_and_peak(method, batch)
         seconds = time.perf_counter() - started

@@ -63,9 +63,7 @@ class Method(abc.ABC):
         self.workload = workload
         self.setting = setting
         self.model = workload.network(setting.device)
-        self.network: Network = self.model
-        if setting.compiled and self.compiles:
-            self.network = torch.compile(self.model)
+        self.network: Network = torch.compile(self.model) if setting.compiled and self.compiles else self.model
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # With a learning rate of 0 a step costs the same and all methods stay at the same weights.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
@@ -160,6 +158,7 @@ class Retained(Method):
 
     name = "retained"
     holds = "tasks"
+    compiles = False  # a compiled graph gives its buffers away in its first backward pass (donated buffers)
     note = "K gradients of the whole model are held; the training gradient is their mean"
 
     def backward(self, batch: Batch) -> Tensor:

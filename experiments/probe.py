@@ -191,5 +191,5 @@ def _announce(args: argparse.Namespace, subject: Subject, data: ProbeData, conso
     if args.data == "latents":
         x = data.fetch(list(range(min(len(data), 256))))[0]
         console.print(f"Latents have the standard deviation {float(x.std()):.2f} after scaling.", highlight=False)
-    if args.loss_weight is None and subject.weights == "published":
+    if args.loss_weight is None and subject.weights.startswith("published"):
         console.print("A published file does not say how the loss was weighted: uniform is assumed.", highlight=False)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+import xarray as xr
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -60,7 +61,10 @@ class Setup:
             "precision": f"stopped at the precision of {self.args.precision} asked for",
             "interrupted": "interrupted: this is what had been measured until then",
         }[stopped]
-        return f"{count} batches of {self.args.batch_size} samples, {reason}."
+        used = count * self.args.batch_size / len(self.data)
+        again = f" Each image was used {used:.0f} times on average, with new noise." if used > 1.5 else ""
+        batches = "1 batch" if count == 1 else f"{count} batches"
+        return f"{batches} of {self.args.batch_size} samples, {reason}.{again}"
 
     def finish(self, numbers: dict[str, Any], stopped: Stopped, said: list[str]) -> None:
         """Prints the sentences, and keeps the summary."""
@@ -80,8 +84,7 @@ def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> Stopped:
     record.start(setup.subject, f"{count} intervals", {**_settings(setup), "intervals": list(intervals.bounds)})
     manifest = manifest_of(setup.subject, setup.data, intervals, args.batch_size)
     record.log_manifest(manifest)
-    if args.verify:
-        _print_verified(probe.verify(), setup.console)
+    verified = {"verified_relative_error": _verified(probe, setup.console)} if args.verify else {}
 
     def measure(number: int) -> float | None:
         gramian = probe.measure(number)
@@ -116,7 +119,7 @@ def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> Stopped:
     said = [setup.explain_stop(stopped, measured), *summary.findings(numbers, probe.coverage)]
     if measured < 2:
         said.append("Nothing can be told from noise with fewer than two batches.")
-    setup.finish({**numbers, "batches": measured, "coverage": probe.coverage}, stopped, said)
+    setup.finish({**numbers, **verified, "batches": measured, "coverage": probe.coverage}, stopped, said)
     return stopped
 
 
@@ -151,7 +154,8 @@ def probe_timesteps(setup: Setup, timesteps: Tensor, projection: Projection) -> 
     figure = timestep_affinity_figure(affinity)
     record.log_figure(figure)
     numbers = _affinity_numbers(affinity) | {"batches": measured, "coverage": coverage, "width": args.sketch_size}
-    record.log_metrics({f"probe/{name}": numbers[name] for name in ("sampling_error", "sketch_error")}, measured)
+    errors = {f"probe/{name}": numbers[name] for name in ("sampling_error", "sketch_error")}
+    record.log_metrics({name: error for name, error in errors.items() if error is not None}, measured)
     if len(timesteps) <= _HEATMAP_MOST:
         labels = [str(t) for t in timesteps.tolist()]
         image = heatmap_image(affinity["cosine"].values, labels, title="Noise-corrected cosine")
@@ -178,14 +182,13 @@ def _settings(setup: Setup) -> dict[str, Any]:
     return settings_of(setup.args, setup.subject, setup.data)
 
 
-def _affinity_numbers(affinity: Any) -> dict[str, Any]:
-    signal = affinity["signal"].values
+def _affinity_numbers(affinity: xr.Dataset) -> dict[str, Any]:
     defined = affinity["cosine"].notnull().values.diagonal()
+    errors = {name: affinity.attrs[name] for name in ("sampling_error", "sketch_error")}
     return {
-        "timesteps": len(signal),
+        "timesteps": len(defined),
         "timesteps_defined": int(defined.sum()),
-        "sampling_error": affinity.attrs["sampling_error"],
-        "sketch_error": affinity.attrs["sketch_error"],
+        **{name: error if math.isfinite(error) else None for name, error in errors.items()},
     }
 
 
@@ -197,7 +200,7 @@ def _affinity_findings(numbers: dict[str, Any]) -> list[str]:
             f"The gradients of {missing} of {numbers['timesteps']} timesteps cannot be told from noise yet; their "
             "cosines are undefined. More batches, or more --samples, may show them."
         )
-    if math.isfinite(numbers["sampling_error"]):
+    if numbers["sampling_error"] is not None:
         said.append(
             f"Standard error of a defined cosine: {numbers['sampling_error']:.3f} from sampling, "
             f"{numbers['sketch_error']:.3f} from the projection to {numbers['width']:,} numbers (root mean squares)."
@@ -207,7 +210,9 @@ def _affinity_findings(numbers: dict[str, Any]) -> list[str]:
     return said
 
 
-def _print_verified(errors: dict[str, float], console: Console) -> None:
+def _verified(probe: IntervalProbe, console: Console) -> float:
+    """Compares the engine with a backward pass per group on the first batch; the largest relative error."""
+    errors = probe.verify()
     table = Table(title="Against one backward pass per group", title_justify="left", title_style="bold")
     table.add_column("layer")
     table.add_column("relative error", justify="right")
@@ -216,6 +221,7 @@ def _print_verified(errors: dict[str, float], console: Console) -> None:
         table.add_row(layer, f"{error:.1e}")
     console.print(table)
     console.print(f"• Worst of {len(errors)} layers: {worst[0][1]:.1e} ({worst[0][0]}).", markup=False, highlight=False)
+    return worst[0][1]
 
 
 def _print_check(rows: list[dict[str, float]], console: Console) -> list[str]:

@@ -25,7 +25,7 @@ class Subject:
     Attributes:
         module: Its loss, diffusion and settings; in evaluation mode, on the device.
         backbone: The weights to measure: ``module``'s own or their average. Requires gradients where training does.
-        weights: ``"averaged"``, ``"raw"`` or ``"published"``.
+        weights: ``"averaged"``, ``"raw"``, ``"published"`` or ``"published raw"``.
         path: The checkpoint.
         run_id: The MLflow run that wrote it, if known.
         step: Optimizer steps it was trained for, if known.
@@ -52,7 +52,8 @@ def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
         module: DenoiserModule = load_published(
             args.checkpoint, contents=contents, num_heads=args.num_heads, raw=args.raw_weights
         )
-        found = Subject(module, module.backbone, "published", args.checkpoint)
+        weights = "published raw" if args.raw_weights else "published"
+        found = Subject(module, module.backbone, weights, args.checkpoint)
     else:
         if args.num_heads is not None:
             raise UserInputError(f"--num-heads: {args.checkpoint} stores its own; the option is for published DiTs")

@@ -1,4 +1,11 @@
-"""Affinity between single timesteps in bounded memory: what `dtr-lab probe --timesteps` measures."""
+"""Affinity between single timesteps in bounded memory: what `dtr-lab probe --timesteps` measures.
+
+For T = 1,000 and D = 8,192 the sketches of both halves take 66 MB, whatever the network. A batch of 64 timesteps adds
+64 gradients of the largest layer while it is measured: 0.2 GB for DiT-S/2, 2 GB for DiT-XL/2. All gradients at once, as
+ANT's script keeps them, would be 132 GB and 2.7 TB. The work is that of training on the images seen, each of
+6 x 6.06 GFLOP (S/2) or 6 x 118.6 GFLOP (XL/2), so 0.3 or 5.7 PFLOP for 8 passes of one image a timestep, and a
+multiply-add per parameter and timestep for the sketch, below 1 % of that.
+"""
 
 from __future__ import annotations
 

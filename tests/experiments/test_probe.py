@@ -190,6 +190,21 @@ def test_an_interruption_keeps_what_was_measured(checkpoint, tmp_path, capsys, m
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_single_batch_says_that_it_cannot_tell_noise(checkpoint, tmp_path, capsys):
+    assert run_probe(checkpoint, tmp_path / "out", "--batches=1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fewer than two batches" in said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["pairs_defined"] == 0
+    assert summary["largest_standard_error"] is None
+
+
+def test_images_that_are_used_again_are_owned_up_to(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
+    assert run_probe(checkpoint, tmp_path / "out", "--batches=4", "--batch-size=1500") == 0
+    assert "Each image was used 4 times" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_failure_leaves_a_failed_run_with_what_was_measured(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     measure = IntervalProbe.measure

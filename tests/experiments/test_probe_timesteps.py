@@ -1,6 +1,8 @@
 """Tests for `dtr-lab probe --timesteps`: the affinity of single timesteps in bounded memory."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -120,6 +122,22 @@ def test_the_whole_way_with_tracking(checkpoint, tmp_path, capsys, monkeypatch):
     assert {"affinity.nc", "figures", "images", "summary.json"} <= {
         item.path for item in client.list_artifacts(logged.info.run_id)
     }
+
+
+def test_an_interruption_leaves_undefined_what_was_not_measured(checkpoint, tmp_path, capsys, monkeypatch):
+    measure = TimestepProbe.measure
+
+    def interrupted(self, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, number)
+
+    monkeypatch.setattr(TimestepProbe, "measure", interrupted)
+    assert run_probe(checkpoint, tmp_path / "out", "--timesteps=20", "--sketch-size=64") == 130
+    assert "1 batch of 32 samples, interrupted" in capsys.readouterr().out
+    found = xr.load_dataset(tmp_path / "out" / "affinity.nc")
+    assert np.isfinite(found["signal"]).sum() == 12  # of 32 visits, 20 were of the first half
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (summary["stopped"], summary["batches"]) == ("interrupted", 1)
 
 
 def test_one_seed_gives_one_result(checkpoint, tmp_path):

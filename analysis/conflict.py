@@ -82,6 +82,9 @@ def magnitude_similarity(gramian: xr.DataArray, count: xr.DataArray, *, errors: 
 def curvature_bound(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors = "probes") -> xr.Dataset:
     """ξ_kl = (1 - cos² φ_kl) |g_k - g_l|² / |g_k + g_l|², PCGrad's multi-task curvature bounding measure.
 
+    It is the squared length of PCGrad's update of the two tasks over the plain one's, |g_k' + g_l'|² / |g_k + g_l|²
+    with each gradient projected onto the normal plane of the other.
+
     Source: PCGrad (arXiv 2001.06782), theorem 2: a PCGrad step of two tasks ends no higher than a plain one if
     (a) cos φ <= -Φ, (b) the curvature along the step is at least ξ times the gradient's Lipschitz constant, times the
     squared gradient, and (c) the step is long enough. The Gramian decides (a) and says how demanding (b) is: with

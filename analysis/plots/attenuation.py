@@ -50,7 +50,9 @@ def plot_raw_vs_corrected(
     ax.axvline(0, color="#d0d0d0", linewidth=0.8, zorder=0)
     ax.plot(span, span, color="#4d4d4d", linewidth=1, linestyle="--", label="no noise")
     if np.isfinite(attenuation):
-        ax.plot(span, attenuation * span, color="#d55e00", linewidth=1.4, label=f"{attenuation:.2f} times, the median")
+        ax.plot(
+            span, attenuation * span, color="#d55e00", linewidth=1.4, label=f"median attenuation: {attenuation:.2f}"
+        )
     ax.errorbar(
         true[defined],
         raw[defined],
@@ -62,7 +64,7 @@ def plot_raw_vs_corrected(
         ecolor=colour,
         elinewidth=0.8,
         alpha=0.75,
-        label=f"{defined.sum()} pairs",
+        label=f"{defined.sum()} pairs, 95 %",
     )
     edge = high + _MARGIN * (high - low)
     ax.axvspan(high, edge, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0, zorder=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +42,9 @@ def axes_or_new(ax: Axes | None) -> Axes:
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
-def draw_legend(ax: Axes) -> None:
+def draw_legend(ax: Axes, loc: Literal["best", "upper center"] = "best", ncols: int = 1) -> None:
     """A legend that stays legible on top of what it must cover."""
-    ax.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8)
+    ax.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8, loc=loc, ncols=ncols)
 
 
 def scale_losses(ax: Axes) -> None:

@@ -49,6 +49,9 @@ def plot_task_values(
             )
     label_intervals(ax, values, "x")
     _finish(ax, ylabel, title)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.3 * (high - low))  # room for a legend of up to three rows
+    draw_legend(ax, "upper center", 2)
     return ax
 
 

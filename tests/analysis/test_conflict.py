@@ -73,10 +73,9 @@ def test_magnitude_similarity_is_free_of_noise(many):
 
 def test_curvature_bound_is_that_of_the_true_gradients(many):
     gradients = true_gradients()
-    total = gradients[:, None] + gradients
-    difference = gradients[:, None] - gradients
-    with np.errstate(invalid="ignore"):
-        truth = (1 - COSINES**2) * (difference**2).sum(-1) / (total**2).sum(-1)
+    projected = gradients[:, None] - (GRAM / NORMS**2)[..., None] * gradients  # g_k without its part along g_l
+    surgery = projected + projected.swapaxes(0, 1)
+    truth = (surgery**2).sum(-1) / ((gradients[:, None] + gradients) ** 2).sum(-1)
     found = conflict.curvature_bound(*many)
     resolved = (np.isfinite(pairs(found.bound)).mean(0) == 1) & (truth[ABOVE] < 2)
     assert resolved.sum() >= 4

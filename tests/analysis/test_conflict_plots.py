@@ -70,7 +70,7 @@ def test_raw_vs_corrected_shows_pairs_bars_and_the_undefined(ax):
     assert x > 1  # outside the range of values
     assert y == pytest.approx(raw[0, 3])
     assert [text.get_text() for text in ax.texts] == ["undefined: 1 of 6"]
-    dashed, median = (line for line in ax.lines if line.get_label() in ("no noise", "0.50 times, the median"))
+    dashed, median = (line for line in ax.lines if line.get_label() in ("no noise", "median attenuation: 0.50"))
     np.testing.assert_allclose(dashed.get_ydata(), dashed.get_xdata())
     np.testing.assert_allclose(median.get_ydata(), 0.5 * np.asarray(median.get_xdata()))
     assert max(ax.get_xticks()) <= 1.0  # no tick in the margin

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,19 @@ def uncovered_parameters(
         overflow = ~products.isfinite().all(2).all(1)  # a gradient scaler deals with it
         uncovered.update(torch.nonzero(suspect & ~overflow).flatten().tolist())
     return sorted(uncovered)
+
+
+def refuse_batch_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises on a batch norm that uses the batch's statistics.
+
+    Raises:
+        ValueError: Then a sample's loss depends on all samples, and no gradient belongs to a group.
+    """
+    if kwargs.get("training", args[5] if len(args) > 5 else False):
+        raise ValueError(
+            "the model has a batch norm in training mode: it mixes the samples of a batch, so that no gradient belongs "
+            "to one group of them. Use group or layer norm, or put the batch norm in evaluation mode"
+        )
 
 
 def _tolerance(parameters: Sequence[nn.Parameter], half: bool) -> float:

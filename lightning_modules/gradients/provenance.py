@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 ELEMENTWISE = {
@@ -129,8 +130,11 @@ class Provenance:
         at = self.batch_dim(source)
         if output.dim() == 0:
             return 0
-        if at == LOST or (source is args[0] and _reorders(name, args, at)):
+        if at == LOST:
             return LOST
+        if source is args[0] and _reorders(name, args, at):
+            # Data may be put in any order before the model sees it, and a row of a table looked up for each sample.
+            return 0 if not source.requires_grad and _picks_rows(args) and self.carries_samples(output) else LOST
         if name == "stack":
             dim = args[1] if len(args) > 1 else 0
             return at if dim > at else at + 1 if dim >= 0 else LOST
@@ -157,6 +161,11 @@ def _alike(source: Tensor, output: Any) -> bool:
     return output.dim() == 0 or output.shape[0] == source.shape[0]
 
 
+def _picks_rows(args: tuple[Any, ...]) -> bool:
+    """Whether rows are picked one by one, not by a mask, which leaves as many for a sample as it pleases."""
+    return not any(tensor.dtype == torch.bool for tensor in tensors_in(args[1:], {}))
+
+
 def _reorders(name: str, args: tuple[Any, ...], at: int) -> bool:
     """Whether samples are picked or permuted along their dimension."""
     if name == "__getitem__":
@@ -172,7 +181,7 @@ def _reorders(name: str, args: tuple[Any, ...], at: int) -> bool:
 def is_constant_factory(func: Any) -> bool:
     """Whether an operator without tensor arguments makes something that is the same for all samples."""
     name = getattr(func, "__name__", "")
-    return not name.startswith(("rand", "empty")) and name not in ("normal", "bernoulli")
+    return name == "randperm" or not (name.startswith(("rand", "empty")) or name in ("normal", "bernoulli"))
 
 
 def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

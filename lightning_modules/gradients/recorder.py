@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_modules.gradients.backward import BACKWARD, run_backward
 from lightning_modules.gradients.collectors import Collector, GramianCollector
-from lightning_modules.gradients.coverage import uncovered_parameters
+from lightning_modules.gradients.coverage import refuse_batch_statistics, uncovered_parameters
 from lightning_modules.gradients.gramian import Gramian, by_layer
 from lightning_modules.gradients.groups import Groups
 from lightning_modules.gradients.ledger import Ledger, Operand
@@ -44,7 +44,7 @@ class GramianRecorder(TorchFunctionMode):
 
     ``.grad`` is what it would be without, up to the order in which floating-point numbers are added. Samples must lie
     along dimension 0 of the model's inputs (m consecutive rows for each are allowed), and must not influence one
-    another; a batch norm in training mode is refused.
+    another: `verification` tests it. A batch norm in training mode is refused.
 
     Args:
         model: Its trainable parameters are measured.
@@ -111,7 +111,7 @@ class GramianRecorder(TorchFunctionMode):
         """Starts recording. Compiled models run eagerly meanwhile: their operators cannot be seen."""
         if not self._in_backward:
             if GramianRecorder._active is not None:
-                raise RuntimeError("another GramianRecorder is active: one at a time can record")
+                raise RuntimeError("another GramianRecorder is active, and only one can record at a time")
             GramianRecorder._active = self
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()
@@ -253,7 +253,7 @@ class GramianRecorder(TorchFunctionMode):
         """``outputs`` of an operator that could not be split: its parameters and what follows are uncovered."""
         self.ledger.uncovered.update(params)
         self._provenance.mark_outputs(outputs, Mark((), False, LOST))
-        return outputs
+        return self._guarded(outputs)
 
     def autocast(self, x: Tensor) -> Tensor:
         """``x`` in the precision that autocast would give it, so that it is kept once, not in two precisions."""
@@ -270,7 +270,7 @@ class GramianRecorder(TorchFunctionMode):
         return Tap.apply(output, operation, self.ledger, *tensors)
 
     def expect(self, params: Any) -> None:
-        """Announces a use of parameters. Forward passes that are repeated during the backward pass are none."""
+        """Announces a use of parameters; forward passes repeated during the backward pass are none."""
         if not self._in_backward:
             self.ledger.expect(params)
 
@@ -288,16 +288,3 @@ class GramianRecorder(TorchFunctionMode):
     def _average(self, rows: Tensor) -> None:
         dist.all_reduce(rows)
         rows /= self._world
-
-
-def refuse_batch_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises on a batch norm that uses the batch's statistics.
-
-    Raises:
-        ValueError: Then a sample's loss depends on all samples, and no gradient belongs to a group.
-    """
-    if kwargs.get("training", args[5] if len(args) > 5 else False):
-        raise ValueError(
-            "the model has a batch norm in training mode: it mixes the samples of a batch, so that no gradient belongs "
-            "to one group of them. Use group or layer norm, or put the batch norm in evaluation mode"
-        )

@@ -1,8 +1,8 @@
 """An independent check of a Gramian, at the price of one ordinary forward and backward pass.
 
-For random weights w the gradient of sum_g w_g (mean loss of group g) has the squared norm w' M w in every layer, if M is
-that layer's Gramian. Autograd computes the left side without any splitting, so whatever the split got wrong, samples that
-influence one another included, shows up with probability one.
+For random weights w the gradient of sum_g w_g (mean loss of group g) has the squared norm w' M w in every layer, if M
+is that layer's Gramian. Autograd computes the left side without any splitting, so whatever the split got wrong shows up
+with probability one, samples that influence one another included.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Running a backward pass under a function mode."""
+"""Backward passes under a function mode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,17 @@ def run_backward(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         allow_unreachable=True,
         accumulate_grad=True,
     )
+
+
+def gradients_at(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of part of a graph, asked for while a backward pass runs; the graph is kept.
+
+    As `torch.autograd.grad`, but under the mode that is active: checkpointed parts are run again as they first were.
+    """
+    with torch._C._EnableTorchFunction():
+        return _engine_run_backward(
+            (output,), (cotangent,), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+        )
 
 
 def _roots(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.gradients.backward import gradients_at
 from lightning_modules.gradients.collectors import Collector, GramianCollector
 from lightning_modules.gradients.groups import Groups
 
@@ -60,16 +61,20 @@ class Ledger:
         self._retain = retain
         self._reduce = reduce
         self._uses: Counter[int] = Counter()
-        self._remaining: Counter[int] = Counter()
+        self._uncertain_uses: Counter[int] = Counter()
+        self._deliveries: Counter[int] = Counter()
         self._kept: dict[int, Tensor] = {}
         self._closed: set[int] = set()
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def expect(self, params: Iterable[int]) -> None:
-        """Announces, in the forward pass, that the backward pass will deliver gradients of these parameters."""
+    def expect(self, params: Iterable[int], certain: bool) -> None:
+        """Announces, in the forward pass, that the backward pass will deliver gradients of these parameters.
+
+        Uses without gradients are uncertain: they come again under reentrant checkpointing, and never otherwise. They
+        count for a parameter that has no others.
+        """
         for index in params:
-            self._uses[index] += 1
-            self._remaining[index] += 1
+            (self._uses if certain else self._uncertain_uses)[index] += 1
 
     def takes_products(self, operand: Operand) -> bool:
         """Whether inner products may be delivered in place of gradients."""
@@ -138,7 +143,10 @@ class Ledger:
         if not operand.leaf or self._retain:
             return False
         (index,) = operand.params
-        return self._uses[index] == 1 and index not in self._kept
+        return self._expected(index) == 1 and index not in self._kept
+
+    def _expected(self, index: int) -> int:
+        return self._uses[index] or self._uncertain_uses[index]
 
     def _hand_over(self, index: int, start: int, rows: Tensor) -> None:
         if self._reduce is not None:
@@ -150,7 +158,6 @@ class Ledger:
             self.uncovered.add(index)
         self._closed.add(index)
         self.delivered.add(index)
-        self._remaining[index] -= 1
 
     def _keep(self, index: int, rows: Tensor) -> None:
         """Adds the gradients of one use, and passes them on after the last one."""
@@ -159,8 +166,8 @@ class Ledger:
         else:
             self._kept[index] = rows
         self.delivered.add(index)
-        self._remaining[index] -= 1
-        if self._remaining[index] <= 0 and not self._retain:
+        self._deliveries[index] += 1
+        if self._deliveries[index] >= self._expected(index) and not self._retain:
             self._flush(index)
 
     def _flush(self, index: int) -> None:
@@ -176,7 +183,7 @@ class Ledger:
         pulled = [rows.new_zeros((len(rows), parameter.numel())) for parameter in parameters]
         for group, row in enumerate(rows):
             cotangent = row.view(operand.tensor.shape).to(operand.tensor.dtype)
-            parts = torch.autograd.grad(operand.tensor, parameters, cotangent, retain_graph=True, allow_unused=True)
+            parts = gradients_at(operand.tensor, parameters, cotangent)
             for into, part in zip(pulled, parts, strict=True):
                 if part is not None:
                     into[group] = part.flatten()

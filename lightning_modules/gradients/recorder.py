@@ -11,7 +11,7 @@ modules, and any model's code as it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,7 +44,8 @@ class GramianRecorder(TorchFunctionMode):
 
     ``.grad`` is what it would be without, up to the order in which floating-point numbers are added. Samples must lie
     along dimension 0 of the model's inputs (m consecutive rows for each are allowed), and must not influence one
-    another: `verification` tests it. A batch norm in training mode is refused.
+    another: `verification` tests it. A batch norm in training mode is refused. Prepare data before entering: samples
+    that are picked or put in another order inside are no longer known.
 
     Args:
         model: Its trainable parameters are measured.
@@ -103,6 +104,7 @@ class GramianRecorder(TorchFunctionMode):
         self._counts = self.groups.counts.clone()
         self._in_backward = False
         self._finished = False
+        self._result: Gramian | None = None
         self._fresh: bool | None = None  # whether there were no gradients before the first backward pass
         self._half = False
         self._eager = contextlib.ExitStack()
@@ -155,6 +157,8 @@ class GramianRecorder(TorchFunctionMode):
         Raises:
             TypeError: If another collector took the gradients.
         """
+        if self._result is not None:
+            return self._result
         if not isinstance(self._collector, GramianCollector):
             raise TypeError(f"the gradients went to a {type(self._collector).__name__}: ask it for the result")
         self.ledger.settle()
@@ -165,7 +169,9 @@ class GramianRecorder(TorchFunctionMode):
         layers, values = by_layer(self.names, self._collector.values)
         sizes = [parameter.numel() for parameter in self._parameters]
         coverage = 1 - sum(sizes[index] for index in uncovered) / sum(sizes)
-        return Gramian(layers, values, self._counts, coverage, tuple(self.names[index] for index in uncovered))
+        names = tuple(self.names[index] for index in uncovered)
+        self._result = Gramian(layers, values, self._counts, coverage, names)
+        return self._result
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -194,7 +200,7 @@ class GramianRecorder(TorchFunctionMode):
         if not torch.is_grad_enabled():  # the first forward pass of reentrant checkpointing, which will come again
             for tensor in tensors:
                 mark = self._provenance.of(tensor)
-                self.expect(() if mark is None else mark.params)
+                self.expect(() if mark is None else mark.params, certain=False)
             return func(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():  # the batch is hidden inside of vmap's tensors
             self.ledger.uncover_all()
@@ -269,15 +275,15 @@ class GramianRecorder(TorchFunctionMode):
         tensors = (*operation.saved, *(operand.tensor for operand in operation.operands))
         return Tap.apply(output, operation, self.ledger, *tensors)
 
-    def expect(self, params: Any) -> None:
+    def expect(self, params: Iterable[int], certain: bool = True) -> None:
         """Announces a use of parameters; forward passes repeated during the backward pass are none."""
         if not self._in_backward:
-            self.ledger.expect(params)
+            self.ledger.expect(params, certain)
 
     def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The backward pass, under this mode: checkpointing runs parts of the forward pass again in it."""
         if self._fresh is None:
-            self._fresh = all(parameter.grad is None for parameter in self._parameters)
+            self._fresh = all(p.grad is None or not p.grad.any() for p in self._parameters)
         outer, self._in_backward = self._in_backward, True
         try:
             with self:

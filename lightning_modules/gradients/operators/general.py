@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_modules.gradients.backward import gradients_at
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.provenance import LOST, tensors_in
 from lightning_modules.gradients.tap import Expand, Unseen
@@ -79,9 +80,7 @@ class GeneralOperation:
             shape = [1] * grad.dim()
             shape[self.batch_dim] = -1
             own = members[index].view(shape)
-            parts = torch.autograd.grad(
-                self.output, [*self.leaves, *self.inputs], grad * own, retain_graph=True, allow_unused=True
-            )
+            parts = gradients_at(self.output, [*self.leaves, *self.inputs], grad * own)
             for into, part in zip(rows, parts, strict=False):
                 if part is not None:
                     into[index] = part.flatten()

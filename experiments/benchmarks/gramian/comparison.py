@@ -28,7 +28,7 @@ EVERY_ROUND = ("plain", "ours", "ours_halves", "subbatches")
 FEWEST_ROUNDS = 3
 FEWEST_ROUNDS_SLOW = 2
 """Of a method that takes ten plain steps or more."""
-HOPELESS = 2.0
+HOPELESS = 1.3
 """A variant this many times slower than the best one at some K is not tried at larger K."""
 
 

@@ -145,7 +145,8 @@ class Provenance:
             if places:
                 return at if at in places else places[0]
         elif name in ELEMENTWISE and output.dim() != source.dim():
-            at += output.dim() - source.dim()  # dimensions are matched from the last one on
+            shifted = at + output.dim() - source.dim()  # dimensions are matched from the last one on
+            return shifted if output.shape[shifted] == source.shape[at] else LOST
         # What lies before the samples is as it was; they may have been joined with what follows, or parted from it.
         if output.dim() <= at or output.shape[:at] != source.shape[:at]:
             return LOST

@@ -60,7 +60,10 @@ class ResidualBlock(nn.Module):
         scale, shift = self.time_emb_proj(self.nonlinearity(conditioning))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(self.nonlinearity(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        if self.conv_shortcut is not None:
+            # Attention leaves pixels strided, and so would be this layer's gradient, which DDP then has to copy.
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        return x + h
 
 
 class UNet(Backbone):

@@ -77,10 +77,11 @@ def gradients(model: torch.nn.Module, output: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("attention", [(4,), (8, 4, 2), ()])
-def test_the_plain_model_is_diffusers_bit_for_bit_with_its_gradients(attention):
-    model = shaken(small_config(attention_resolutions=attention))
-    twin = diffusers_twin(model)
+def test_the_plain_model_is_diffusers_bit_for_bit_with_its_gradients(attention, training):
+    model = shaken(small_config(attention_resolutions=attention)).train(training)
+    twin = diffusers_twin(model).train(training)
     x, t, y = inputs(model.config)
     outputs = model(x, t, y), twin(x, t, y).sample
     assert outputs[0].shape == (3, 6, 8, 8)

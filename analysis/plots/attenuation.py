@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
@@ -67,17 +68,32 @@ def plot_raw_vs_corrected(
         label=f"{defined.sum()} pairs, 95 %",
     )
     edge = high + _MARGIN * (high - low)
-    ax.axvspan(high, edge, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0, zorder=0)
-    if not defined.all():
-        at = np.full((~defined).sum(), (high + edge) / 2)
-        ax.scatter(at, raw[~defined], marker="D", s=16, facecolor="white", edgecolor=colour, zorder=3)
-    ax.text(
-        (high + edge) / 2, low + 0.04 * (high - low), f"undefined: {(~defined).sum()} of {len(true)}", fontsize=7,
-        rotation=90, ha="center", va="bottom", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-    )  # fmt: skip
+    _draw_margin(raw[~defined], len(true), (high, edge), low, colour, ax)
     ax.set(xlim=(low, edge), ylim=(low, high), title=title, xlabel="noise-corrected cosine", ylabel="raw cosine")
     ax.set_aspect("equal")
     ax.set_xticks([tick for tick in ax.get_xticks() if low <= tick <= high])
     ax.legend(fontsize=7, loc="upper left", facecolor="white", edgecolor="none", framealpha=0.85)
     sns.despine(ax=ax)
     return ax
+
+
+def _draw_margin(
+    raw: npt.NDArray[np.float64], pairs: int, margin: tuple[float, float], bottom: float, colour: str, ax: Axes
+) -> None:
+    """Hatches the margin for the pairs without a corrected cosine, and writes how many they are."""
+    low, high = margin
+    middle = (low + high) / 2
+    ax.axvspan(low, high, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0, zorder=0)
+    if raw.size:
+        at = np.full(raw.size, middle)
+        ax.scatter(at, raw, marker="D", s=16, facecolor="white", edgecolor=colour, zorder=3)
+    ax.text(
+        middle,
+        bottom + 0.04 * (low - bottom),
+        f"undefined: {raw.size} of {pairs}",
+        fontsize=7,
+        rotation=90,
+        ha="center",
+        va="bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )

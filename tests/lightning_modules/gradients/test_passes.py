@@ -97,10 +97,7 @@ def assert_checkpointed(model, reentrant, x=X):
     return gramian
 
 
-UNSEEN = pytest.mark.xfail(strict=True, reason="a nested backward pass recomputes the segment unseen")
-
-
-@pytest.mark.parametrize("reentrant", [True, pytest.param(False, marks=UNSEEN)])
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     """One layer is shared by two checkpointed segments, and a parameter meets the batch in each kind of operator."""
 
@@ -127,7 +124,7 @@ def test_checkpointing(reentrant):
     assert assert_checkpointed(model, reentrant).coverage == 1.0
 
 
-@pytest.mark.parametrize("reentrant", [True, pytest.param(False, marks=UNSEEN)])
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_a_parametrized_weight_that_comes_last(reentrant):
     """Its gradient is pulled back through a graph that lies within the segment."""
     inner = nn.Sequential(nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
@@ -225,7 +222,6 @@ def test_no_mode_is_left_after_use():
     assert modes() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="checks products that are scaled already")
 def test_the_result_can_be_read_twice():
     model = network()
     recorder = GramianRecorder(model, GROUP, 5)

@@ -149,11 +149,15 @@ class DenoiserModule(pl.LightningModule):
             loss = loss + losses.vb
         return SampleLosses(loss, losses.mse, losses.vb)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
+    def step_losses(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[NoisedBatch, SampleLosses]:
+        """What a training step draws, dropout included, and its losses: the same whenever it is asked for."""
         drawn = self.draw(batch, batch_idx)
         with seeded_dropout(self.backbone, self.seed, DROPOUT_STREAM, self.global_rank, batch_idx):
-            losses = self.sample_losses(drawn)
+            return drawn, self.sample_losses(drawn)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+        """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
+        drawn, losses = self.step_losses(batch, batch_idx)
         weighted = losses.loss
         if self.interval_config.sampling == "stratified":
             weighted = weighted * self.intervals.importance(drawn.t)

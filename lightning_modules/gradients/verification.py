@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_modules.gradients.gramian import Gramian, by_layer, layer_of
@@ -36,6 +38,7 @@ def weighted_gradient(
     num_groups: int,
     *,
     loss_scale: float = 1.0,
+    processes: Literal["global", "local"] = "global",
     seed: int = 0,
 ) -> WeightedGradient:
     """The left side of the check, from a forward pass outside of any recorder.
@@ -46,15 +49,23 @@ def weighted_gradient(
         group: Group of each sample (B,).
         num_groups: G.
         loss_scale: Factor on the loss during the backward pass, taken out again, against underflow under fp16.
+        processes: Whether the Gramian is that of all processes' samples, or of this one's.
         seed: Seed of the weights.
     """
     counts = torch.bincount(group, minlength=num_groups)
+    several = processes == "global" and dist.is_initialized()
+    if several:
+        dist.all_reduce(counts)
     weights = torch.randn(num_groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights = torch.where(counts > 0, weights.to(group.device), 0.0)
     loss = (sample_loss * (weights / counts.clamp_min(1))[group].to(sample_loss)).sum()
-    gradients = torch.autograd.grad(loss * loss_scale, list(parameters.values()), allow_unused=True)
-    norms = [0.0 if g is None else float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients]
-    squares = torch.tensor(norms, dtype=torch.float64).div(loss_scale).square()
+    gradients = torch.autograd.grad(
+        loss * loss_scale, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    for gradient in gradients if several else ():
+        dist.all_reduce(gradient)
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+    squares = norms.div(loss_scale).square()
     layers, values = by_layer(list(parameters), squares[:, None, None])
     return WeightedGradient(weights, dict(zip(layers, values.flatten().tolist(), strict=True)))
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
+from lightning_modules.gradients.verification import WeightedGradient, deviations, weighted_gradient, without_layers
 from lightning_modules.schedule import is_scheduled
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.heatmap import heatmap_image
@@ -24,7 +25,8 @@ class GradientConflictProbe(pl.Callback):
 
     In a scheduled step it watches the forward and backward pass that training does anyway (`GramianRecorder`): no
     further pass, and the same gradient up to the order of floating-point sums. A compiled backbone runs eagerly in that
-    step. With gradient accumulation the first batch of a step is measured.
+    step. With gradient accumulation the first batch of a step is measured. The first measurement is verified, at the
+    price of one further pass; what it cannot vouch for, a warning names.
 
     Args:
         every_n_steps: Measure in every n-th step; 0 turns the probe off.
@@ -35,6 +37,7 @@ class GradientConflictProbe(pl.Callback):
             groups' gradients (``num_intervals * halves`` times a step's usual traffic) in measured steps. ``"local"``:
             the mean of the processes' own Gramians, without that traffic; off the diagonal it has the same
             expectation, and the counts it records are those of one process.
+        verify: Verify the first measurement of a training, see `gradients.verification`.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class GradientConflictProbe(pl.Callback):
         halves: int = 2,
         max_heatmaps: int = 100,
         processes: Literal["global", "local"] = "global",
+        verify: bool = True,
     ) -> None:
         if every_n_steps < 0 or halves < 1 or max_heatmaps < 1:
             raise UserInputError(
@@ -59,6 +63,9 @@ class GradientConflictProbe(pl.Callback):
         self._gramian: Gramian | None = None
         self._group = torch.zeros(0)
         self._step = 0
+        self._verifies = verify
+        self._expected: WeightedGradient | None = None
+        self._wrong: set[str] = set()
         self._warned = False
 
     def on_train_batch_start(
@@ -69,11 +76,25 @@ class GradientConflictProbe(pl.Callback):
         if not is_scheduled(trainer, batch_idx, self.every_n_steps):
             return
         intervals = pl_module.intervals
+        num_groups = intervals.num_intervals * self.halves
         task = intervals.task_of(pl_module.draw_timesteps(len(batch[0]), batch_idx))
+        group = split_tasks(task, intervals.num_intervals, self.halves)
+        if self._verifies:
+            self._verifies = False
+            with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+                losses = pl_module.step_losses(batch, batch_idx)[1].loss
+            self._expected = weighted_gradient(
+                losses,
+                _trained(pl_module),
+                group,
+                num_groups,
+                loss_scale=_loss_scale(trainer),
+                processes=self.processes,
+            )
         self._recorder = GramianRecorder(
             pl_module.backbone,
-            split_tasks(task, intervals.num_intervals, self.halves),
-            intervals.num_intervals * self.halves,
+            group,
+            num_groups,
             scale=self._scale(trainer, pl_module),
             processes=self.processes,
         )
@@ -85,7 +106,7 @@ class GradientConflictProbe(pl.Callback):
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             recorder.__exit__(None, None, None)
-            self._gramian = recorder.result()
+            self._gramian = self._verified(trainer, pl_module, recorder.result())
             self._group = recorder.groups.group
 
     def on_train_batch_end(
@@ -117,10 +138,16 @@ class GradientConflictProbe(pl.Callback):
             self._recorder.__exit__(None, None, None)
             self._recorder = None
 
+    def _verified(self, trainer: pl.Trainer, module: DenoiserModule, gramian: Gramian) -> Gramian:
+        if self._expected is not None:
+            expected, self._expected = self._expected, None
+            tolerance = 0.1 if "16" in str(trainer.precision) else 1e-3
+            self._wrong = {layer for layer, error in deviations(gramian, expected).items() if error > tolerance}
+        return without_layers(gramian, self._wrong, _trained(module)) if self._wrong else gramian
+
     def _scale(self, trainer: pl.Trainer, module: DenoiserModule) -> Tensor:
         """Factors (G,) that take out what training multiplies the losses by."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        factor = trainer.accumulate_grad_batches / (1.0 if scaler is None else scaler.get_scale())
+        factor = trainer.accumulate_grad_batches / _loss_scale(trainer)
         scale = torch.full((module.intervals.num_intervals,), factor, dtype=torch.float64)
         if module.interval_config.sampling == "stratified":
             lowest = torch.tensor(module.intervals.bounds[:-1])
@@ -167,6 +194,15 @@ class GradientConflictProbe(pl.Callback):
             writer.log_image(
                 "conflict_cosine", heatmap_image(cosine, labels, title=f"Gradient cosine, step {step}"), step
             )
+
+
+def _trained(module: DenoiserModule) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.backbone.named_parameters() if parameter.requires_grad}
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def task_cosine(gramian: np.ndarray, counts: np.ndarray, halves: int) -> np.ndarray:

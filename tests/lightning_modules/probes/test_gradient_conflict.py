@@ -76,8 +76,23 @@ def test_a_measured_step_takes_no_further_pass(make_denoiser, writer, fit):
     module = make_denoiser()
     module.backbone.register_forward_hook(lambda *_: passes.append("forward"))
     module.backbone.final_layer.register_full_backward_hook(lambda *_: passes.append("backward"))
-    fit(module, GradientConflictProbe(every_n_steps=1), steps=3)
+    fit(module, GradientConflictProbe(every_n_steps=1, verify=False), steps=3)
     assert passes == ["forward", "backward"] * 3
+
+
+def test_the_first_measurement_is_verified(make_denoiser, writer, fit, monkeypatch):
+    def centred(self, drawn, backbone=None):
+        losses = plain(self, drawn, backbone)
+        return losses._replace(loss=losses.loss / losses.loss.mean())
+
+    module = make_denoiser()
+    plain = type(module).sample_losses
+    fit(module, GradientConflictProbe(every_n_steps=1), steps=2)
+    monkeypatch.setattr(type(module), "sample_losses", centred)
+    with pytest.warns(UserWarning, match=r"covers 0\.0% of the parameters"):
+        fit(module, GradientConflictProbe(every_n_steps=1), steps=2)
+    coverage = [columns["coverage"][0] for table, columns in writer.rows if table == GRADIENT_GRAMIAN]
+    assert coverage == [1, 1, 0, 0]
 
 
 def test_two_processes_measure_the_whole_batch_or_each_its_own(make_denoiser, fit, tmp_path):

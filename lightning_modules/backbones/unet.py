@@ -80,9 +80,9 @@ class UNet(Backbone):
     - there may be a null class, which ADM lacks, in the last row of the class embedding.
 
     Routing masks what the branch of each residual block reads, those that change the resolution included; the skip
-    carries all channels, and attention is not routed. DTR's authors released no U-Net code, so one choice is ours: on
-    the way up a block reads the previous block's channels followed by those of the encoder, and is masked like any
-    other block, by one window over all the C channels that it reads (the paper's z^l in R^C).
+    carries all channels. DTR's authors released no U-Net code, so two choices are ours. Attention is not routed: what
+    ADM calls a residual block comes before it. And on the way up, where a block reads the previous block's channels
+    followed by those of the encoder, one window lies over all the C channels that it reads (the paper's z^l in R^C).
     """
 
     config: UNetConfig

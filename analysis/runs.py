@@ -47,7 +47,8 @@ def load_runs(
         experiment: Name of the experiment to search; needed unless ``run_ids`` are given.
         comparison: Only runs with this ``dtr.comparison`` tag; ``"latest"`` takes the newest comparison of the
             experiment (all its runs if none belongs to a comparison); None takes all.
-        run_ids: Exactly these runs, finished or not (naming a run is asking for it).
+        run_ids: Exactly these runs, finished or not (naming a run is asking for it); also measurements of
+            `dtr-lab probe`, whose steps are batches.
         include_unfinished: Also load runs that are running, failed or killed. They are left out with a warning
             otherwise; in either case the attribute ``status`` tells.
 
@@ -150,8 +151,8 @@ def _get_run(client: MlflowClient, run_id: str) -> Run:
         raise UserInputError(
             f"no run {run_id!r} in this store: pass a full run id as the MLflow UI shows it ({error.message})"
         ) from error
-    if run.data.tags.get(records.TAG_KIND) != "training":
-        raise UserInputError(f"run {run_id!r} ({run.info.run_name}) is not a training run of DTR Lab")
+    if run.data.tags.get(records.TAG_KIND) not in ("training", "probe"):
+        raise UserInputError(f"run {run_id!r} ({run.info.run_name}) is not a training run or probe of DTR Lab")
     return run
 
 

@@ -10,6 +10,7 @@ The probes run on schedules of their own, so each has its own step dimension (``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -219,13 +220,16 @@ def _read_activations(shards: Sequence[Shard], manifest: RunManifest) -> xr.Data
     for path, table in tables:
         block_code = codes(table["block"], blocks, path)
         site_code = codes(table["site"], SITES, path)
-        for code, block in enumerate(blocks):
-            mine = block_code == code
-            rows = table.filter(pa.array(mine))
+        for code, site in itertools.product(range(len(blocks)), range(len(SITES))):
+            rows = table.filter(pa.array((block_code == code) & (site_code == site)))
+            if not rows.num_rows:
+                continue
             at = np.searchsorted(steps, rows["step"].to_numpy())
-            index = (at, np.full_like(at, code), site_code[mine], rows["task"].to_numpy())
+            index = (at, code, site, rows["task"].to_numpy())
             count[index] = rows["count"].to_numpy()
-            channels = manifest.block_channels[block]
+            channels = manifest.block_channels[blocks[code]]
+            if SITES[site] != "input":  # a block of a U-Net may add more or fewer channels than it reads
+                channels = len(rows["mean"][0])
             for name, values in moments.items():
                 values[(*index, slice(channels))] = stack_lists(rows, name, path, channels)
     dims = ("activation_step", "block", "site", "task")

@@ -78,8 +78,9 @@ def probes(schedule: int | None) -> list[pl.Callback]:
     """The three probes, at their defaults (0) or every ``schedule`` steps."""
     if schedule is None:
         return []
-    settings = {"every_n_steps": schedule} if schedule else {}
-    return [kind(**settings) for kind in (TimestepLossProbe, GradientConflictProbe, ChannelActivationProbe)]
+    if not schedule:
+        return [TimestepLossProbe(), GradientConflictProbe(), ChannelActivationProbe()]
+    return [TimestepLossProbe(schedule), GradientConflictProbe(schedule), ChannelActivationProbe(schedule)]
 
 
 def seconds_per_step(way: Way, folder: Path) -> float:

@@ -33,7 +33,7 @@ def uncovered_parameters(
             uncovered.add(index)
     if fresh and not dist.is_initialized():  # else .grad is, or will be, an average over processes
         zero = products.new_zeros(())
-        norms = [zero if p.grad is None else _norm(p.grad, products.dtype) for p in parameters]
+        norms = [zero if p.grad is None else _norm(p.grad).to(products) for p in parameters]
         expected = torch.stack(norms).square()
         deviation = (products.sum((1, 2)) - expected).abs()
         suspect = deviation > _tolerance(parameters, half) * products.abs().sum((1, 2))
@@ -62,5 +62,6 @@ def _tolerance(parameters: Sequence[nn.Parameter], half: bool) -> float:
     return 1e-9 if all(p.dtype == torch.float64 for p in parameters) else 1e-3
 
 
-def _norm(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(gradient.coalesce().values() if gradient.is_sparse else gradient, dtype=dtype)
+def _norm(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.linalg.vector_norm(values, dtype=torch.float32 if values.element_size() < 4 else None)

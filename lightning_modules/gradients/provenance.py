@@ -106,8 +106,7 @@ class Provenance:
         name = getattr(func, "__name__", "")
         carriers = [tensor for tensor in inputs if self.carries_samples(tensor)]
         before = {self.batch_dim(tensor) for tensor in carriers}
-        ordinary = before == {0} and name not in _MOVING and name not in _PICKING
-        if ordinary and all(_alike(tensor, outputs) for tensor in carriers):
+        if before == {0} and leaves_samples_in_place(func, carriers, outputs):
             return False
         if name == "multi_head_attention_forward":
             carriers = carriers[:1]  # keys and values may be longer
@@ -153,6 +152,14 @@ class Provenance:
         reshaped = output.numel() == source.numel() or name == "repeat_interleave"
         kept = output.shape[at] == source.shape[at] or (reshaped and output.shape[at] % self.batch_size == 0)
         return at if kept else LOST
+
+
+def leaves_samples_in_place(func: Any, inputs: list[Tensor], output: Any) -> bool:
+    """Whether samples that were in front of all inputs are in front of the output, as after most functions."""
+    name = getattr(func, "__name__", "")
+    if not isinstance(output, Tensor):
+        return name == "__get__"  # a shape, a type
+    return name not in _MOVING and name not in _PICKING and all(t.dim() == 0 or _alike(t, output) for t in inputs)
 
 
 def _alike(source: Tensor, output: Any) -> bool:

@@ -27,7 +27,15 @@ from lightning_modules.gradients.groups import Groups
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.operators import HANDLERS
 from lightning_modules.gradients.operators.general import elementwise, general
-from lightning_modules.gradients.provenance import ELEMENTWISE, LOST, Mark, Provenance, is_constant_factory, tensors_in
+from lightning_modules.gradients.provenance import (
+    ELEMENTWISE,
+    LOST,
+    Mark,
+    Provenance,
+    is_constant_factory,
+    leaves_samples_in_place,
+    tensors_in,
+)
 from lightning_modules.gradients.tap import Operation, Tap, Unseen
 
 
@@ -185,13 +193,14 @@ class GramianRecorder(TorchFunctionMode):
         if func is nn.functional.batch_norm:
             refuse_batch_statistics(args, kwargs)
         params = {index for mark in marks if mark is not None for index in mark.params}
-        samples = any(self._provenance.carries_samples(tensor) for tensor in tensors)
-        if params and samples:
+        if params and any(self.carries_samples(tensor) for tensor in tensors):
             return self._meet(func, args, kwargs, tensors)
         output = func(*args, **kwargs)
-        if samples:
-            output = self._follow(func, tensors, args, output)
-        elif tensors or is_constant_factory(func):
+        if tensors and not any(marks) and leaves_samples_in_place(func, tensors, output):
+            return output  # the usual call, quickly: activations in, activations out
+        if any(self.carries_samples(tensor) for tensor in tensors):
+            return self._follow(func, tensors, args, output)
+        if tensors or is_constant_factory(func):
             self._provenance.mark_outputs(output, Mark(tuple(sorted(params)), True))
         return output
 

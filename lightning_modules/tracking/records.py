@@ -96,7 +96,8 @@ TAG_DATASET = "dtr.dataset"
 TAG_PARAMETERS = "dtr.parameters"
 TAG_GIT_COMMIT = "dtr.git_commit"
 TAG_KIND = "dtr.kind"
-"""``training`` for a trained model, ``comparison`` for the parent run that holds a report."""
+"""``training`` for a trained model, ``probe`` for a measurement of a checkpoint, ``comparison`` for the parent run that
+holds a report."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_wrong_names_list_what_exists(mixed_store):
         load_runs(uri, experiment=synthetic.EXPERIMENT, comparison="c-3")
     with pytest.raises(UserInputError, match="no run 'abc'"):
         load_runs(uri, run_ids=["abc"])
-    with pytest.raises(UserInputError, match="not a training run"):
+    with pytest.raises(UserInputError, match="not a training run or probe"):
         load_runs(uri, run_ids=[ids["report"]])
     with pytest.raises(UserInputError, match="no training runs"):
         load_runs(uri, experiment="empty")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from analysis.runs import load_runs
 from analysis.telemetry import read_telemetry
 from experiments.probe_data import Batches
 from experiments.probe_intervals import IntervalProbe, build_intervals
@@ -68,6 +69,8 @@ def test_the_whole_way_with_tracking(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "download").mkdir()
     client.download_artifacts(logged.info.run_id, "telemetry", str(tmp_path / "download"))
     assert read_telemetry(tmp_path / "download" / "telemetry").identical(run)
+    loaded = load_runs(uri, run_ids=[logged.info.run_id])[0]
+    assert loaded["gramian"].equals(run["gramian"])
     assert "intervals.csv" in {item.path for item in client.list_artifacts(logged.info.run_id)}
 
 

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lightning_modules.gradients.ledger import Ledger, Operand
+from lightning_modules.gradients.collectors import add_inner_products
+from lightning_modules.gradients.groups import grouped_products
+from lightning_modules.gradients.ledger import WORKSPACE_BYTES, Ledger, Operand
 from lightning_modules.gradients.operators.linear import split_weight
 
 if TYPE_CHECKING:
     from lightning_modules.gradients.recorder import GramianRecorder
 
 Sizes = int | Sequence[int]
+SMALL_GRID = 64
+"""Positions up to which a convolution's gradient is taken as a product of patches: about where both cost the same."""
 
 
 class ConvolutionOperation:
@@ -43,6 +47,8 @@ class ConvolutionOperation:
             if self._cuts_patches(self.weight.tensor):
                 patches = _patches(x, self.weight.tensor.shape[2:], grad.shape[2:])
                 totals.append(split_weight(ledger, self.weight, grad.flatten(2).transpose(1, 2), patches))
+            elif self._is_small(x, grad) and ledger.takes_products(self.weight):
+                totals.append(self._split_small(ledger, self.weight, x, grad))
             else:
                 totals.append(ledger.deliver(self.weight, self._pieces(ledger, x, grad, self.weight.tensor)))
         if self.bias is not None:
@@ -60,6 +66,37 @@ class ConvolutionOperation:
             and not any(padding)
             and all(d == 1 for d in dilation)
         )
+
+    def _is_small(self, x: Tensor, grad: Tensor) -> bool:
+        """Whether all patches at once are cheaper than the convolution's own kernel, called for each group."""
+        _, _, dilation, transposed, _, channel_groups = self.geometry
+        plain = not transposed and channel_groups == 1 and all(d == 1 for d in dilation)
+        return plain and grad[0, 0].numel() <= SMALL_GRID and x.device.type == "cpu"
+
+    def _split_small(self, ledger: Ledger, weight: Operand, x: Tensor, grad: Tensor) -> Tensor:
+        """As for a linear layer on overlapping patches, channels last: inner products do not mind the order."""
+        kernel = weight.tensor.shape[2:]
+        groups, dims = ledger.groups, len(kernel)
+        stride, padding, *_ = self.geometry
+        x = F.pad(x.movedim(1, -1), (0, 0, *(side for size in reversed(padding) for side in (size, size))))
+        for dim in range(dims):
+            x = x.unfold(dim + 1, kernel[dim], stride[dim])
+        x = x.movedim(dims + 1, -1)
+        right = groups.arrange(x.reshape(groups.size, -1, weight.tensor[0].numel()))
+        left = groups.arrange(grad.movedim(1, -1).reshape(groups.size, -1, grad.shape[1])).to(right.dtype)
+        p, d = left.shape[-1], right.shape[-1]
+        products = torch.zeros((groups.num_groups, groups.num_groups), dtype=torch.float64)
+        total = left.new_empty((p, d))
+        step = min(p, max(1, WORKSPACE_BYTES // (left.element_size() * groups.num_groups * d)))
+        for start in range(0, p, step):
+            part = left[..., start : start + step]
+            out = ledger.workspace(groups.num_groups * part.shape[-1] * d, left).view(groups.num_groups, -1, d)
+            rows = grouped_products(groups, part, right, out)
+            torch.sum(rows, 0, out=total[start : start + step])
+            add_inner_products(rows.flatten(1), products)
+        ledger.deliver_products(weight, products)
+        shape = (p, *kernel, -1)
+        return total.view(shape).movedim(-1, 1).to(weight.tensor.dtype).contiguous()
 
     def _pieces(self, ledger: Ledger, x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         groups = ledger.groups

@@ -94,6 +94,13 @@ class Provenance:
             if not (tensor.is_leaf and tensor.requires_grad):
                 self.mark(tensor, mark)
 
+    def mark_constant(self, func: Any, inputs: list[Tensor], outputs: Any, params: set[int]) -> None:
+        """Marks what is computed from parameters and constants, or made from nothing, as the same for all samples."""
+        name = getattr(func, "__name__", "")
+        drawn = name.startswith(("rand", "empty")) or name in ("normal", "bernoulli")
+        if inputs or not drawn or name == "randperm":
+            self.mark_outputs(outputs, Mark(tuple(sorted(params)), True))
+
     def follow_batch(self, func: Any, inputs: list[Tensor], args: tuple[Any, ...], outputs: Any) -> bool:
         """Keeps track of samples that are moved away from the front, as sequence-first layers do.
 
@@ -106,7 +113,7 @@ class Provenance:
         name = getattr(func, "__name__", "")
         carriers = [tensor for tensor in inputs if self.carries_samples(tensor)]
         before = {self.batch_dim(tensor) for tensor in carriers}
-        if before == {0} and leaves_samples_in_place(func, carriers, outputs):
+        if before == {0} and keeps_samples(func, carriers, outputs):
             return False
         if name == "multi_head_attention_forward":
             carriers = carriers[:1]  # keys and values may be longer
@@ -154,7 +161,7 @@ class Provenance:
         return at if kept else LOST
 
 
-def leaves_samples_in_place(func: Any, inputs: list[Tensor], output: Any) -> bool:
+def keeps_samples(func: Any, inputs: list[Tensor], output: Any) -> bool:
     """Whether samples that were in front of all inputs are in front of the output, as after most functions."""
     name = getattr(func, "__name__", "")
     if not isinstance(output, Tensor):
@@ -184,12 +191,6 @@ def _reorders(name: str, args: tuple[Any, ...], at: int) -> bool:
     if name in ("flip", "roll"):
         return at in {dim for value in args[1:] for dim in (value if isinstance(value, list | tuple) else (value,))}
     return False
-
-
-def is_constant_factory(func: Any) -> bool:
-    """Whether an operator without tensor arguments makes something that is the same for all samples."""
-    name = getattr(func, "__name__", "")
-    return name == "randperm" or not (name.startswith(("rand", "empty")) or name in ("normal", "bernoulli"))
 
 
 def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

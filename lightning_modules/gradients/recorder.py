@@ -27,15 +27,7 @@ from lightning_modules.gradients.groups import Groups
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.operators import HANDLERS
 from lightning_modules.gradients.operators.general import elementwise, general
-from lightning_modules.gradients.provenance import (
-    ELEMENTWISE,
-    LOST,
-    Mark,
-    Provenance,
-    is_constant_factory,
-    leaves_samples_in_place,
-    tensors_in,
-)
+from lightning_modules.gradients.provenance import ELEMENTWISE, LOST, Mark, Provenance, keeps_samples, tensors_in
 from lightning_modules.gradients.tap import Operation, Tap, Unseen
 
 
@@ -196,12 +188,11 @@ class GramianRecorder(TorchFunctionMode):
         if params and any(self.carries_samples(tensor) for tensor in tensors):
             return self._meet(func, args, kwargs, tensors)
         output = func(*args, **kwargs)
-        if tensors and not any(marks) and leaves_samples_in_place(func, tensors, output):
+        if tensors and not any(marks) and keeps_samples(func, tensors, output):
             return output  # the usual call, quickly: activations in, activations out
         if any(self.carries_samples(tensor) for tensor in tensors):
             return self._follow(func, tensors, args, output)
-        if tensors or is_constant_factory(func):
-            self._provenance.mark_outputs(output, Mark(tuple(sorted(params)), True))
+        self._provenance.mark_constant(func, tensors, output, params)
         return output
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> Any:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from experiments.probe_data import ProbeData
-    from experiments.probe_subject import Subject
+    from experiments.probing.data import ProbeData
+    from experiments.probing.subject import Subject
 
 EXIT_INTERRUPTED = 130
 
@@ -110,12 +110,12 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from rich.console import Console
 
-    from experiments.probe_data import find_data
-    from experiments.probe_intervals import build_intervals
-    from experiments.probe_modes import Setup, check_timesteps_budget, probe_intervals, probe_timesteps
-    from experiments.probe_record import ProbeRecord, output_folder, tracking_logger
-    from experiments.probe_subject import load_subject
-    from experiments.probe_timesteps import choose_timesteps, projection_of
+    from experiments.probing.data import find_data
+    from experiments.probing.intervals import build_intervals
+    from experiments.probing.modes import Setup, check_timesteps_budget, probe_intervals, probe_timesteps
+    from experiments.probing.record import ProbeRecord, output_folder, tracking_logger
+    from experiments.probing.subject import load_subject
+    from experiments.probing.timesteps import choose_timesteps, projection_of
 
     _check(args)
     device, logger, console = _device(args.device), tracking_logger(args), Console()

@@ -9,8 +9,8 @@ import torch
 
 from experiments import probe
 from experiments.__main__ import main
-from experiments.probe_data import Batches, find_data
-from experiments.probe_subject import Subject, load_subject
+from experiments.probing.data import Batches, find_data
+from experiments.probing.subject import Subject, load_subject
 from lightning_modules.run_record import RESUME_KEY
 from lightning_modules.tracking.callback import CHECKPOINT_KEY
 

@@ -12,12 +12,12 @@ from mlflow import MlflowClient
 
 from analysis.runs import load_runs
 from analysis.telemetry import read_telemetry
-from experiments.probe_data import Batches
-from experiments.probe_intervals import IntervalProbe, build_intervals
+from experiments.probing.data import Batches
+from experiments.probing.intervals import IntervalProbe, build_intervals
 from lightning_modules.config import IntervalConfig
 from lightning_modules.denoiser import NoisedBatch
 from tests.conftest import BACKBONE, UNET
-from tests.experiments.probe_helpers import RUN_ID, prepare, run_probe, save_checkpoint
+from tests.experiments.probing.helpers import RUN_ID, prepare, run_probe, save_checkpoint
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_every_batch_is_what_separate_backward_passes_give(make_denoiser, tmp_pa
 
 
 def test_one_seed_gives_one_result_and_another_another(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
+    monkeypatch.setattr("experiments.probing.summary.interval_figures", lambda run: [])
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run_probe(checkpoint, tmp_path / name, "--batches=3", f"--seed={seed}") == 0
     first, again, other = (gramians_in(tmp_path / name) for name in "abc")
@@ -151,7 +151,7 @@ def test_intervals_are_the_checkpoints_unless_named(checkpoint, arguments, bound
 
 
 def test_the_precision_asked_for_ends_the_measurement(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
+    monkeypatch.setattr("experiments.probing.summary.interval_figures", lambda run: [])
     arguments = ["--batches=40", "--batch-size=128", "--intervals=2", "--precision=0.5"]
     assert run_probe(checkpoint, tmp_path / "out", *arguments) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -176,7 +176,7 @@ def test_a_cosine_defined_by_chance_is_no_precision(checkpoint, monkeypatch):
 
 
 def test_an_interruption_keeps_what_was_measured(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
+    monkeypatch.setattr("experiments.probing.summary.interval_figures", lambda run: [])
     measure = IntervalProbe.measure
 
     def interrupted(self, number):
@@ -203,7 +203,7 @@ def test_a_single_batch_says_that_it_cannot_tell_noise(checkpoint, tmp_path, cap
 
 
 def test_images_that_are_used_again_are_owned_up_to(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
+    monkeypatch.setattr("experiments.probing.summary.interval_figures", lambda run: [])
     assert run_probe(checkpoint, tmp_path / "out", "--batches=4", "--batch-size=1500") == 0
     assert "Each image was used 4 times" in " ".join(capsys.readouterr().out.split())
 
@@ -228,8 +228,8 @@ def test_a_failure_leaves_a_failed_run_with_what_was_measured(checkpoint, tmp_pa
 
 
 def test_gramians_of_an_earlier_measurement_are_replaced(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
-    monkeypatch.setattr("experiments.probe_record._SHARD_BYTES", 1)
+    monkeypatch.setattr("experiments.probing.summary.interval_figures", lambda run: [])
+    monkeypatch.setattr("experiments.probing.record._SHARD_BYTES", 1)
     assert run_probe(checkpoint, tmp_path / "out", "--batches=4") == 0
     assert len(gramians_in(tmp_path / "out")) == 4
     assert run_probe(checkpoint, tmp_path / "out", "--batches=2", "--intervals=2") == 0

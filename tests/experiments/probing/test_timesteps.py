@@ -10,11 +10,11 @@ import torch
 import xarray as xr
 from mlflow import MlflowClient
 
-from experiments.probe_timesteps import TimestepProbe, check_exact, choose_timesteps, projection_of
+from experiments.probing.timesteps import TimestepProbe, check_exact, choose_timesteps, projection_of
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.gradients.sketch import CountSketch
 from tests.conftest import BACKBONE, UNET
-from tests.experiments.probe_helpers import prepare, run_probe, save_checkpoint
+from tests.experiments.probing.helpers import prepare, run_probe, save_checkpoint
 
 
 @pytest.fixture
@@ -176,6 +176,6 @@ def test_bad_arguments_are_refused(checkpoint, tmp_path, capsys, arguments, says
 
 
 def test_exact_gradients_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.probe_timesteps._EXACT_BYTES", 1_000_000)
+    monkeypatch.setattr("experiments.probing.timesteps._EXACT_BYTES", 1_000_000)
     assert run_probe(checkpoint, tmp_path / "out", "--timesteps=100", "--check-exact") == 2
     assert "100 gradients" in capsys.readouterr().err

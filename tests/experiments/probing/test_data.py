@@ -1,4 +1,4 @@
-"""Tests for `experiments/probe_data.py` and `probe_subject.py`: which network and which data are measured."""
+"""Tests for `experiments/probing/data.py` and `subject.py`: which network and which data are measured."""
 
 import argparse
 import dataclasses
@@ -12,12 +12,12 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from analysis.telemetry import read_telemetry
-from experiments.probe_data import find_data
-from experiments.probe_subject import load_subject
+from experiments.probing.data import find_data
+from experiments.probing.subject import load_subject
 from lightning_modules.backbones.dit import DiT, DiTConfig
 from lightning_modules.errors import UserInputError
 from tests.conftest import BACKBONE
-from tests.experiments.probe_helpers import parse, prepare, run_probe, save_checkpoint
+from tests.experiments.probing.helpers import parse, prepare, run_probe, save_checkpoint
 
 PUBLISHED = DiTConfig(
     input_size=8, patch_size=4, in_channels=4, hidden_size=64, depth=4, num_heads=4, num_classes=10, learn_sigma=True
@@ -60,7 +60,7 @@ def save_latents(folder, form, arrays):
 
 
 def test_a_published_dit_on_latents_goes_the_whole_way(published, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.probe_summary.interval_figures", lambda run: [])
+    monkeypatch.setattr("experiments.probing.summary.interval_figures", lambda run: [])
     path = save_latents(tmp_path, "npz", latents())
     arguments = ["--data=latents", f"--data-path={path}", "--latent-scale=0.2", "--batches=3", "--intervals=4"]
     assert run_probe(published, tmp_path / "out", *arguments) == 0

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from analysis import conflict
 from analysis.gramians import gramian_arrays
-from experiments.probe_data import Batches
-from experiments.probe_subject import Subject
+from experiments.probing.data import Batches
+from experiments.probing.subject import Subject
 from lightning_modules.config import IntervalConfig
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError

@@ -1,4 +1,4 @@
-"""Tests for `experiments/probe_budget.py`."""
+"""Tests for `experiments/probing/budget.py`."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from experiments.probe_budget import Budget, _state, measure_batches
+from experiments.probing.budget import Budget, _state, measure_batches
 
 
 def measured(measure, **budget):
@@ -31,7 +31,7 @@ def test_the_precision_reached_ends_it_whenever_it_is_looked_at():
 
 def test_time_runs_out_after_a_batch(monkeypatch):
     clock = iter(range(0, 1000, 30))
-    monkeypatch.setattr("experiments.probe_budget.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("experiments.probing.budget.time.monotonic", lambda: float(next(clock)))
     assert measured(lambda number: None, minutes=1.5) == ([1, 2, 3], (3, "minutes"))
 
 

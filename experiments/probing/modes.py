@@ -13,13 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from analysis.timestep_affinity import timestep_affinity_figure
-from experiments import probe_summary as summary
-from experiments.probe_budget import Budget, Stopped, measure_batches
-from experiments.probe_data import Batches, ProbeData
-from experiments.probe_intervals import CHECK_EVERY, MIN_BATCHES, IntervalProbe
-from experiments.probe_record import ProbeRecord, manifest_of, settings_of
-from experiments.probe_subject import Subject
-from experiments.probe_timesteps import HALVES, TimestepProbe, affinity_file, batches_needed, check_exact
+from experiments.probing import summary
+from experiments.probing.budget import Budget, Stopped, measure_batches
+from experiments.probing.data import Batches, ProbeData
+from experiments.probing.intervals import CHECK_EVERY, MIN_BATCHES, IntervalProbe
+from experiments.probing.record import ProbeRecord, manifest_of, settings_of
+from experiments.probing.subject import Subject
+from experiments.probing.timesteps import HALVES, TimestepProbe, affinity_file, batches_needed, check_exact
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.sketch import CountSketch, Projection
 from lightning_modules.timesteps import TimestepIntervals

@@ -18,9 +18,9 @@ import xarray as xr
 from torch import Tensor
 
 from analysis.timestep_affinity import timestep_affinity
-from experiments.probe_data import Batches
-from experiments.probe_intervals import backward, clear_gradients, noised
-from experiments.probe_subject import Subject
+from experiments.probing.data import Batches
+from experiments.probing.intervals import backward, clear_gradients, noised
+from experiments.probing.subject import Subject
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.sketch import CountSketch, Projection, SketchCollector, SketchSums, Unprojected

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from analysis.panels import ReportFigure
-from experiments.probe_data import ProbeData
-from experiments.probe_subject import Subject
+from experiments.probing.data import ProbeData
+from experiments.probing.subject import Subject
 from lightning_modules.folders import writable_folder
 from lightning_modules.gradients import Gramian
 from lightning_modules.timesteps import TimestepIntervals

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, default_collate
 
-from experiments.probe_subject import Subject
+from experiments.probing.subject import Subject
 from lightning_modules.data.digits import DigitsData
 from lightning_modules.data.image_folder import ImageFolderData
 from lightning_modules.data.images import ImageData, ImageTensors, StepBatchSampler

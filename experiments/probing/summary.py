@@ -49,7 +49,7 @@ def interval_statistics(run: xr.Dataset) -> xr.Dataset:
 
 
 def read_measured(folder: Path, method: str, seed: int, name: str) -> xr.Dataset:
-    """The run that `probe_record.ProbeRecord` wrote, with the attributes that figures need."""
+    """The run that `record.ProbeRecord` wrote, with the attributes that figures need."""
     return read_telemetry(folder).assign_attrs(method=method, seed=seed, name=name)
 
 

@@ -24,10 +24,11 @@ from lightning_modules.gradients.collectors import Collector, GramianCollector
 from lightning_modules.gradients.coverage import refuse_batch_statistics, uncovered_parameters
 from lightning_modules.gradients.gramian import Gramian, by_layer
 from lightning_modules.gradients.groups import Groups
+from lightning_modules.gradients.layout import ELEMENTWISE, LOST, Call, keeps_samples, tensors_in
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.operators import HANDLERS
 from lightning_modules.gradients.operators.general import elementwise, general
-from lightning_modules.gradients.provenance import ELEMENTWISE, LOST, Mark, Provenance, keeps_samples, tensors_in
+from lightning_modules.gradients.provenance import Mark, Provenance
 from lightning_modules.gradients.tap import Operation, Tap, Unseen
 
 
@@ -188,10 +189,11 @@ class GramianRecorder(TorchFunctionMode):
         if params and any(self.carries_samples(tensor) for tensor in tensors):
             return self._meet(func, args, kwargs, tensors)
         output = func(*args, **kwargs)
-        if tensors and not any(marks) and keeps_samples(func, tensors, output):
+        name = getattr(func, "__name__", "")
+        if tensors and not any(marks) and keeps_samples(name, tensors, output):
             return output  # the usual call, quickly: activations in, activations out
         if any(self.carries_samples(tensor) for tensor in tensors):
-            return self._follow(func, tensors, args, output)
+            return self._follow(Call(name, args, kwargs), tensors, output)
         self._provenance.mark_constant(func, tensors, output, params)
         return output
 
@@ -211,11 +213,13 @@ class GramianRecorder(TorchFunctionMode):
             output = elementwise(self, func, args, kwargs)
         if output is NotImplemented:
             output = general(self, func, args, kwargs)
-        return self._follow(func, tensors, args, output)
+        return self._follow(Call(func.__name__, args, kwargs), tensors, output)
 
-    def _follow(self, func: Any, tensors: list[Tensor], args: tuple[Any, ...], output: Any) -> Any:
+    def _follow(self, call: Call, tensors: list[Tensor], output: Any) -> Any:
         """Keeps track of the samples. A gradient that comes back from where they were lost makes nothing certain."""
-        if not self._provenance.follow_batch(func, tensors, args, output):
+        if call.name == "__setitem__" and any(t.requires_grad and self.carries_samples(t) for t in tensors[1:]):
+            self.ledger.uncover_all()
+        if not self._provenance.follow_batch(call, tensors, output):
             return output
         if type(output) not in (Tensor, list, tuple) or any(output is tensor for tensor in tensors):
             self.ledger.uncover_all()

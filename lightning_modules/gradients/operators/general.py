@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.gradients.backward import gradients_at
+from lightning_modules.gradients.layout import LOST, tensors_in
 from lightning_modules.gradients.ledger import Ledger, Operand
-from lightning_modules.gradients.provenance import LOST, tensors_in
 from lightning_modules.gradients.tap import Expand, Unseen
 
 if TYPE_CHECKING:

@@ -13,7 +13,11 @@ from lightning_modules.gradients.ledger import Ledger
 
 
 def uncovered_parameters(
-    parameters: Sequence[nn.Parameter], ledger: Ledger, products: Tensor, fresh: bool, half: bool
+    parameters: Sequence[nn.Parameter],
+    ledger: Ledger,
+    products: Tensor,
+    before: Sequence[Tensor | None] | None,
+    half: bool,
 ) -> list[int]:
     """Parameters whose group gradients are not known to be complete.
 
@@ -24,16 +28,20 @@ def uncovered_parameters(
         parameters: All of them.
         ledger: What arrived.
         products: (parameters, G, G), of the parts of the back-propagated loss.
-        fresh: Whether ``.grad`` holds the gradient of this measurement alone.
+        before: ``.grad`` before the measurement; None if its backward pass was not seen.
         half: Whether parts of the model ran in half precision.
     """
     uncovered = set(ledger.uncovered)
     for index, parameter in enumerate(parameters):
-        if index not in ledger.delivered and (parameter.grad is not None or not fresh):
+        if index not in ledger.delivered and (parameter.grad is not None or before is None):
             uncovered.add(index)
-    if fresh and not dist.is_initialized():  # else .grad is, or will be, an average over processes
+    several = dist.is_initialized() and dist.get_world_size() > 1  # then .grad is, or will be, an average over them
+    if before is not None and not several:
         zero = products.new_zeros(())
-        norms = [zero if p.grad is None else _norm(p.grad).to(products) for p in parameters]
+        norms = [
+            zero if p.grad is None else _norm(p.grad if old is None else p.grad - old).to(products)
+            for p, old in zip(parameters, before, strict=True)
+        ]
         expected = torch.stack(norms).square()
         deviation = (products.sum((1, 2)) - expected).abs()
         suspect = deviation > _tolerance(parameters, half) * products.abs().sum((1, 2))

@@ -20,7 +20,7 @@ class Gramian:
         values: Inner products (L, G, G), float64; rows and columns of empty groups are zero.
         counts: Samples per group (G,), int64.
         coverage: Share of the trainable parameters for which the inner products are exact.
-        uncovered: Names of the others. They are missing from ``values``, wholly or in part.
+        uncovered: Names of the others. What ``values`` hold of them is incomplete or wrong.
     """
 
     layers: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 def split_tasks(task: Tensor, num_tasks: int, halves: int) -> Tensor:
     """Divides each task's samples into ``halves`` disjoint groups of consecutive samples, as equal as can be.
 
-    Consecutive, so that a batch ordered by task is ordered by group too: the Gramian is cheapest then.
+    Consecutive, so that a batch ordered by task is ordered by group too: the Gramian is cheapest then. Within a task
+    samples must be in random order, as drawn: halves are meant to differ by chance alone, and sorted by t, say, they
+    would not.
 
     Args:
         task: Task of each sample, (B,), in any order.
@@ -48,15 +51,16 @@ class Groups:
             raise ValueError(
                 f"group must be a non-empty vector (B,) of integers, got {group.dtype} {tuple(group.shape)}"
             )
-        low, high = (int(bound) for bound in group.aminmax())
+        values = group.tolist()
+        low, high = min(values), max(values)
         if low < 0 or high >= num_groups:
             raise ValueError(f"groups must lie in 0..{num_groups - 1}, got {low}..{high}")
         self.size = len(group)
         self.num_groups = num_groups
         self.counts = torch.bincount(group, minlength=num_groups)
-        self.counts_list: list[int] = self.counts.tolist()
+        self.counts_list: list[int] = np.bincount(values, minlength=num_groups).tolist()
         self.equal = len(set(self.counts_list)) == 1
-        self.ordered = bool((group[1:] >= group[:-1]).all())
+        self.ordered = values == sorted(values)
         self._order = None if self.ordered else group.argsort(stable=True)
         self.group = group
         self._members: dict[torch.dtype, Tensor] = {}

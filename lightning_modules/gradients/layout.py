@@ -97,7 +97,8 @@ def position(call: Call, source: Tensor, at: int, output: Tensor, batch_size: in
     """
     if at == LOST or (call.name in _PRODUCTS and _contracts(call, source, at)):
         return LOST
-    if source is call.first() and _goes_across(call, source, at):
+    written = call.name.startswith(("index_", "scatter"))  # into something else, by position
+    if (source is call.first() or written) and _goes_across(call, source, at):
         # Data may be put in any order before the model sees it, and a row of a table looked up for each sample.
         by_mask = any(index.dtype == torch.bool for index in tensors_in(call.args[1:], {}))
         return 0 if not source.requires_grad and not by_mask and output.shape[0] % batch_size == 0 else LOST

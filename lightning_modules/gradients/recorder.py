@@ -106,8 +106,9 @@ class GramianRecorder(TorchFunctionMode):
         self._in_backward = False
         self._finished = False
         self._result: Gramian | None = None
-        self._fresh: bool | None = None  # whether there were no gradients before the first backward pass
+        self._before: list[Tensor | None] | None = None  # gradients before the first backward pass
         self._half = False
+        self._share: float | None = None
         self._eager = contextlib.ExitStack()
 
     def __enter__(self) -> GramianRecorder:
@@ -164,7 +165,7 @@ class GramianRecorder(TorchFunctionMode):
             raise TypeError(f"the gradients went to a {type(self._collector).__name__}: ask it for the result")
         self.ledger.settle()
         uncovered = uncovered_parameters(
-            self._parameters, self.ledger, self._collector.values, bool(self._fresh), self._half
+            self._parameters, self.ledger, self._collector.values, self._before, self._half
         )
         self.finish()
         layers, values = by_layer(self.names, self._collector.values)
@@ -286,8 +287,8 @@ class GramianRecorder(TorchFunctionMode):
 
     def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The backward pass, under this mode: checkpointing runs parts of the forward pass again in it."""
-        if self._fresh is None:
-            self._fresh = all(p.grad is None or not p.grad.any() for p in self._parameters)
+        if self._before is None:
+            self._before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
         outer, self._in_backward = self._in_backward, True
         try:
             with self:
@@ -296,5 +297,9 @@ class GramianRecorder(TorchFunctionMode):
             self._in_backward = outer
 
     def _average(self, rows: Tensor) -> None:
+        if self._share is None:  # a mean over unequal batches weighs their samples unequally: undone here
+            total = self._counts.sum()
+            dist.all_reduce(total)
+            self._share = self.groups.size / float(total) if self._reduction == "mean" else 1 / self._world
+        rows *= self._share
         dist.all_reduce(rows)
-        rows /= self._world

@@ -164,9 +164,9 @@ def unet(width: int, multipliers: tuple[int, ...], batch_size: int, input_size: 
 
 
 def default_workloads() -> list[Workload]:
-    """DiT of two widths and U-Net of two widths, all on 16 x 16 latents (128-pixel images)."""
+    """DiT of two widths on 16 x 16 latents (128-pixel images), U-Net of two widths on 32 x 32 (pixels or latents)."""
     dits = [dit(width, depth=6, batch_size=64, input_size=16) for width in (128, 256)]
-    return dits + [unet(width, (1, 2, 2), batch_size=32, input_size=16) for width in (32, 64)]
+    return dits + [unet(width, (1, 2, 2), batch_size=32, input_size=32) for width in (32, 64)]
 
 
 def quick_workloads() -> list[Workload]:

@@ -11,8 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lightning_modules.gradients.collectors import add_inner_products
-from lightning_modules.gradients.groups import grouped_products
-from lightning_modules.gradients.ledger import WORKSPACE_BYTES, Ledger, Operand
+from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.operators.linear import split_weight
 
 if TYPE_CHECKING:
@@ -78,25 +77,25 @@ class ConvolutionOperation:
         kernel = weight.tensor.shape[2:]
         groups, dims = ledger.groups, len(kernel)
         stride, padding, *_ = self.geometry
+        folded = len(x) // groups.size
+        x, grad = (groups.arrange(t.unflatten(0, (groups.size, folded))).flatten(0, 1) for t in (x, grad))
         x = F.pad(x.movedim(1, -1), (0, 0, *(side for size in reversed(padding) for side in (size, size))))
         for dim in range(dims):
             x = x.unfold(dim + 1, kernel[dim], stride[dim])
-        x = x.movedim(dims + 1, -1)
-        right = groups.arrange(x.reshape(groups.size, -1, weight.tensor[0].numel()))
-        left = groups.arrange(grad.movedim(1, -1).reshape(groups.size, -1, grad.shape[1])).to(right.dtype)
-        p, d = left.shape[-1], right.shape[-1]
+        x = x.movedim(dims + 1, -1)  # (rows, positions, kernel, channels) without a copy so far
+        grad = grad.flatten(2).to(x.dtype)
+        rows = ledger.workspace(groups.num_groups * weight.tensor.numel(), x).view(groups.num_groups, grad.shape[1], -1)
+        if min(groups.counts_list) == 0:
+            rows.zero_()
+        for index, members in groups.slices():
+            part = slice(members.start * folded, members.stop * folded)
+            patches = x[part].reshape(-1, rows.shape[-1])
+            torch.mm(grad[part].transpose(0, 1).flatten(1), patches, out=rows[index])
         products = torch.zeros((groups.num_groups, groups.num_groups), dtype=torch.float64)
-        total = left.new_empty((p, d))
-        step = min(p, max(1, WORKSPACE_BYTES // (left.element_size() * groups.num_groups * d)))
-        for start in range(0, p, step):
-            part = left[..., start : start + step]
-            out = ledger.workspace(groups.num_groups * part.shape[-1] * d, left).view(groups.num_groups, -1, d)
-            rows = grouped_products(groups, part, right, out)
-            torch.sum(rows, 0, out=total[start : start + step])
-            add_inner_products(rows.flatten(1), products)
+        add_inner_products(rows.flatten(1), products)
+        total = rows.sum(0)
         ledger.deliver_products(weight, products)
-        shape = (p, *kernel, -1)
-        return total.view(shape).movedim(-1, 1).to(weight.tensor.dtype).contiguous()
+        return total.view(len(total), *kernel, -1).movedim(-1, 1).to(weight.tensor.dtype).contiguous()
 
     def _pieces(self, ledger: Ledger, x: Tensor, grad: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         groups = ledger.groups

@@ -94,7 +94,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         choices=["digits", "image_folder", "latents"],
         help="default: the training images of the checkpoint's run, as far as it tells",
     )
-    group.add_argument("--data-path", type=Path, metavar="PATH", help="the folder of images, or the file of latents")
+    group.add_argument(
+        "--data-path",
+        type=Path,
+        metavar="PATH",
+        help="the folder of images, or the file of latents: .npz or .pt with the keys x (N, C, H, W) and, optionally, "
+        "y (N,), the labels; or .npy with x alone",
+    )
     group.add_argument(
         "--latent-scale",
         type=float,
@@ -160,6 +166,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserInputError(f"--seed must not be negative, got {args.seed}")
     if args.check_exact and args.timesteps is None:
         raise UserInputError("--check-exact belongs to --timesteps")
+    if args.samples != 1 and args.timesteps is None:
+        raise UserInputError("--samples belongs to --timesteps; of intervals, --batch-size says how many samples")
     if args.verify and args.timesteps is not None:
         raise UserInputError("--verify checks intervals; with --timesteps use --check-exact")
 

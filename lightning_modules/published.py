@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +43,14 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
         UserInputError: If there is no such file, or it holds something else.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserInputError(f"{path.absolute()} is a folder: name the checkpoint file in it")
     if not path.is_file():
         raise UserInputError(f"no checkpoint at {path.absolute()}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = _load(path)
-    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no pickle make the reader raise whatever they happen to mean
         said = str(error).strip().splitlines()
         raise UserInputError(
             f"cannot read checkpoint {path}: it is damaged, or holds more than weights and plain values "

@@ -24,6 +24,7 @@ from lightning_modules.seeding import seeded_generator
 from lightning_modules.tracking import records
 
 _DATA_STREAM, _DRAW_STREAM = 10, 11
+_CHECKED_AT_ONCE = 4096
 _SOURCES: dict[str, type[ImageData]] = {"DigitsData": DigitsData, "ImageFolderData": ImageFolderData}
 
 
@@ -123,7 +124,7 @@ def _latents(path: Path, scale: float) -> ProbeData:
             stored = np.load(path, allow_pickle=False)
         arrays = {"x": stored} if isinstance(stored, Tensor | np.ndarray) else dict(stored)
         x = torch.as_tensor(arrays["x"])
-        y = torch.as_tensor(arrays["y"]).long() if "y" in arrays else None
+        y = torch.as_tensor(arrays["y"]) if "y" in arrays else None
     except Exception as error:  # whatever the file makes the readers say
         raise UserInputError(
             f"--data-path {path}: cannot read latents: {error}. It must be an .npz or .pt file with x (N, C, H, W) and "
@@ -132,7 +133,9 @@ def _latents(path: Path, scale: float) -> ProbeData:
     if x.ndim != 4 or not x.is_floating_point() or (y is not None and y.shape != (len(x),)):
         shapes = f"x {tuple(x.shape)} {x.dtype}" + ("" if y is None else f", y {tuple(y.shape)}")
         raise UserInputError(f"--data-path {path}: latents must be real x (N, C, H, W) with y (N,), got {shapes}")
-    labels = torch.zeros(len(x), dtype=torch.long) if y is None else y
+    labels = torch.zeros(len(x), dtype=torch.long) if y is None else y.long()
+    if y is not None and not torch.equal(labels.to(y.dtype), y):
+        raise UserInputError(f"--data-path {path}: labels y must be whole numbers, the classes; some are not")
     return ProbeData(path.stem, ImageTensors(x.float() * scale, labels), labelled=y is not None)
 
 
@@ -149,6 +152,10 @@ def _check_fit(data: ProbeData, subject: Subject, batch_size: int) -> None:
             f"{data.name} has samples of shape {shape}, but the network of {subject.path} takes {expected}: "
             "name its own data with --data and --data-path"
         )
+    if isinstance(data.dataset, ImageTensors) and (bad := _not_finite(data.dataset.images)):
+        raise UserInputError(
+            f"{bad} of {len(data)} samples of {data.name} hold NaN or infinite numbers: leave them out of the file"
+        )
     if config.num_classes == 0:
         return
     if not data.labelled and not config.has_null_class:
@@ -159,6 +166,11 @@ def _check_fit(data: ProbeData, subject: Subject, batch_size: int) -> None:
             f"{data.name} has labels from {int(labels.min())} to {int(labels.max())}, but the network of "
             f"{subject.path} knows 0 to {config.num_classes - 1}"
         )
+
+
+def _not_finite(x: Tensor) -> int:
+    """How many samples of x (N, C, H, W) hold a NaN or an infinite number."""
+    return sum(int((~part.isfinite()).flatten(1).any(1).sum()) for part in x.split(_CHECKED_AT_ONCE))
 
 
 class Batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ def interval_statistics(run: xr.Dataset) -> xr.Dataset:
 
 
 def read_measured(folder: Path, method: str, seed: int, name: str) -> xr.Dataset:
-    """The run that `record.ProbeRecord` wrote, with the attributes that figures need."""
-    return read_telemetry(folder).assign_attrs(method=method, seed=seed, name=name)
+    """The run that `record.ProbeRecord` wrote, with the names of its residual blocks and what else figures need."""
+    run = read_telemetry(folder)
+    blocks = list(json.loads(run.attrs["manifest"])["block_channels"])
+    return run.assign_coords(block=blocks).assign_attrs(method=method, seed=seed, name=name)
 
 
 def interval_figures(run: xr.Dataset) -> list[ReportFigure]:

@@ -215,6 +215,12 @@ def test_files_that_cannot_be_read_are_refused(trained, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserInputError, match="cannot read checkpoint"):
         read_weights_file(path)
+    with pytest.raises(UserInputError, match="is a folder"):
+        read_weights_file(tmp_path)
+    for junk in (b"junk" * 100, b"\x80\x02", b"c" * 50, b"\xff" * 400, b"I1x\n."):
+        path.write_bytes(junk)
+        with pytest.raises(UserInputError, match="cannot read checkpoint"):
+            read_weights_file(path)
     path.write_bytes(b"")
     with pytest.raises(UserInputError, match="cannot read checkpoint"):
         read_weights_file(path)

@@ -100,6 +100,10 @@ def test_latents_are_scaled_and_keep_their_labels(published, tmp_path, form):
         ({"x": np.zeros((40, 3, 8, 8))}, r"\(3, 8, 8\)"),
         ({"x": np.zeros((40, 4, 8, 8)), "y": np.full(40, 10)}, "labels from 10 to 10"),
         ({"x": np.zeros((20, 4, 8, 8))}, "20 samples"),
+        ({"x": np.where(np.arange(40) == 7, np.nan, 0.0)[:, None, None, None] * np.ones((4, 8, 8))}, "1 of 40 samples"),
+        ({"x": np.full((40, 4, 8, 8), 1e300)}, "40 of 40 samples"),
+        ({"x": np.zeros((40, 4, 8, 8)), "y": np.full(40, 1.5)}, "whole numbers"),
+        ({"x": np.zeros((40, 4, 8, 8)), "y": np.full(40, np.nan)}, "whole numbers"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(published, tmp_path, arrays, says):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from analysis.gramians import run_gramian
 from analysis.runs import load_runs
 from analysis.telemetry import read_telemetry
 from experiments.probing.data import Batches
 from experiments.probing.intervals import IntervalProbe, build_intervals
+from experiments.probing.summary import read_measured
 from lightning_modules.config import IntervalConfig
 from lightning_modules.denoiser import NoisedBatch
 from tests.conftest import BACKBONE, UNET
@@ -48,6 +50,9 @@ def test_the_whole_way_with_tracking(checkpoint, tmp_path, capsys, monkeypatch):
         "other_task": 4,
         "other_half": 2,
     }
+    blocks = run_gramian(read_measured(tmp_path / "out" / "telemetry", "dtr", 0, "last"), "block")["block"].values
+    assert {"blocks.0", "blocks.1", "x_embedder", "final_layer"} <= set(blocks.tolist())
+    assert "blocks" not in blocks
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["batches"], summary["stopped"], summary["coverage"], summary["run_id"]) == (
         10,
@@ -249,6 +254,7 @@ def test_gramians_of_an_earlier_measurement_are_replaced(checkpoint, tmp_path, m
         (["--bounds", "0", "1000", "--intervals=2"], "--bounds"),
         (["--intervals=2000"], "2000 intervals"),
         (["--check-exact"], "--timesteps"),
+        (["--samples=2"], "--samples belongs to --timesteps"),
         (["--timesteps=10", "--verify"], "--verify"),
         (["--device=nonsense"], "--device"),
         (["--num-heads=2"], "--num-heads"),

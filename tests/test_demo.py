@@ -106,7 +106,7 @@ def test_an_interrupted_demo_leaves_no_run_open(tmp_path):
 
 def test_the_readmes_python_runs(folder):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -23,7 +23,16 @@ def split_tasks(task: Tensor, num_tasks: int, halves: int) -> Tensor:
 
     Returns:
         Group of each sample, (B,): ``task * halves + half``.
+
+    Raises:
+        ValueError: If tasks are not integers from 0 to K - 1, or there is not at least one half.
     """
+    if (
+        halves < 1
+        or task.is_floating_point()
+        or (len(task) and not 0 <= int(task.min()) <= int(task.max()) < num_tasks)
+    ):
+        raise ValueError(f"tasks must be integers in 0..{num_tasks - 1} and halves at least 1, got {task} and {halves}")
     members = nn.functional.one_hot(task, num_tasks)
     position = (members.cumsum(0) - 1).gather(1, task[:, None]).squeeze(1)
     return task * halves + position * halves // members.sum(0)[task]
@@ -47,7 +56,7 @@ class Groups:
     """
 
     def __init__(self, group: Tensor, num_groups: int) -> None:
-        if group.dim() != 1 or group.is_floating_point() or not len(group):
+        if not isinstance(group, Tensor) or group.dim() != 1 or group.is_floating_point() or not len(group):
             raise ValueError(
                 f"group must be a non-empty vector (B,) of integers, got {group.dtype} {tuple(group.shape)}"
             )
@@ -95,6 +104,17 @@ class Groups:
     def stacked(self, values: Tensor) -> Tensor:
         """Arranged rows (B, m, P) as (G, rows of a group, P); groups must be equal."""
         return values.reshape(self.num_groups, -1, values.shape[-1])
+
+
+def mean_factors(counts: Tensor, sum_over: int) -> Tensor:
+    """Factors (G,) that turn a group's part of the batch's gradient into the gradient of its mean loss.
+
+    Args:
+        counts: Samples per group (G,), over all processes.
+        sum_over: 0 for a loss that is a mean over the batch, else the number of processes whose sums were averaged.
+    """
+    exact = counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
+    return torch.where(counts > 0, (sum_over or exact.sum()) / exact, 0.0)
 
 
 def grouped_products(groups: Groups, left: Tensor, right: Tensor, out: Tensor) -> Tensor:

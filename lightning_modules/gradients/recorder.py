@@ -23,11 +23,12 @@ from lightning_modules.gradients.backward import BACKWARD, run_backward
 from lightning_modules.gradients.collectors import Collector, GramianCollector
 from lightning_modules.gradients.coverage import refuse_batch_statistics, uncovered_parameters
 from lightning_modules.gradients.gramian import Gramian, by_layer
-from lightning_modules.gradients.groups import Groups
+from lightning_modules.gradients.groups import Groups, mean_factors
 from lightning_modules.gradients.layout import ELEMENTWISE, LOST, Call, keeps_samples, tensors_in
 from lightning_modules.gradients.ledger import Ledger, Operand
 from lightning_modules.gradients.operators import HANDLERS
 from lightning_modules.gradients.operators.general import elementwise, general
+from lightning_modules.gradients.processes import ProcessAverage
 from lightning_modules.gradients.provenance import Mark, Provenance
 from lightning_modules.gradients.tap import Operation, Tap, Unseen
 
@@ -60,12 +61,13 @@ class GramianRecorder(TorchFunctionMode):
             all-reduce of all groups' gradients: G times the traffic of plain training, in this step); ``"local"``
             leaves each process its own Gramian, over its own samples, at no traffic.
         retain: Makes several forward and backward passes one measurement (gradient accumulation), by keeping all
-            groups' gradients, G times the parameters, until `result`. Call `regroup` before each further pass.
+            groups' gradients, G times the parameters, until `result`. Call `regroup` before each further pass; with
+            a mean, passes must have equally many samples, and each loss be divided by the number of passes.
         collector: Takes the gradients in place of inner products; `result` is not available then.
 
     Raises:
         ValueError: If ``group`` is malformed, or the model has nothing to train.
-        RuntimeError: On entering, if another recorder is active.
+        RuntimeError: On entering, if another recorder is active; with ``retain``, in a backward pass not announced.
     """
 
     _active: ClassVar[GramianRecorder | None] = None
@@ -87,6 +89,8 @@ class GramianRecorder(TorchFunctionMode):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         if processes not in ("global", "local"):
             raise ValueError(f"processes must be 'global' or 'local', got {processes!r}")
+        if scale is not None and (not isinstance(scale, Tensor) or scale.shape != (num_groups,)):
+            raise ValueError(f"scale must be a tensor of one factor for each of {num_groups} groups, got {scale!r}")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient, so there is nothing to measure")
@@ -97,18 +101,18 @@ class GramianRecorder(TorchFunctionMode):
         self._provenance = Provenance(self._parameters, constants, self.groups.size)
         self._reduction = reduction
         self._scale = scale
-        self._world = dist.get_world_size() if processes == "global" and dist.is_initialized() else 1
+        several = processes == "global" and dist.is_initialized() and dist.get_world_size() > 1
+        self._average = ProcessAverage(self.groups.counts, reduction == "mean") if several else None
         self._collector: Collector = collector or GramianCollector(len(trained), num_groups, group.device)
-        self.ledger = Ledger(
-            self._parameters, self.groups, self._collector, retain, self._average if self._world > 1 else None
-        )
+        self.ledger = Ledger(self._parameters, self.groups, self._collector, retain, self._average)
         self._counts = self.groups.counts.clone()
         self._in_backward = False
+        self._grouped = True  # whether the next backward pass is of samples whose groups are known
+        self._retain = retain
         self._finished = False
         self._result: Gramian | None = None
         self._before: list[Tensor | None] | None = None  # gradients before the first backward pass
         self._half = False
-        self._share: float | None = None
         self._eager = contextlib.ExitStack()
 
     def __enter__(self) -> GramianRecorder:
@@ -135,6 +139,7 @@ class GramianRecorder(TorchFunctionMode):
             ValueError: If ``group`` is malformed.
         """
         self.groups = self.ledger.groups = Groups(group, self.groups.num_groups)
+        self._grouped = True
         self._provenance.batch_size = self.groups.size
         self._counts += self.groups.counts
 
@@ -144,13 +149,10 @@ class GramianRecorder(TorchFunctionMode):
             return
         self._finished = True
         self.ledger.settle()
-        if self._world > 1:
+        if self._average is not None:
             dist.all_reduce(self._counts)
-        samples = self._counts.sum() if self._reduction == "mean" else self._counts.new_tensor(1)
-        exact = torch.float32 if self._counts.device.type == "mps" else torch.float64
-        factors = torch.where(self._counts > 0, samples / self._counts.to(exact), 0.0)
-        if self._reduction == "sum":
-            factors = factors * self._world
+        world = 1 if self._average is None else self._average.world
+        factors = mean_factors(self._counts, 0 if self._reduction == "mean" else world)
         self._collector.finish(factors if self._scale is None else factors * self._scale)
 
     def result(self) -> Gramian:
@@ -289,17 +291,13 @@ class GramianRecorder(TorchFunctionMode):
         """The backward pass, under this mode: checkpointing runs parts of the forward pass again in it."""
         if self._before is None:
             self._before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        if not self._in_backward:
+            if self._retain and not self._grouped:
+                raise RuntimeError("a further backward pass, of samples whose groups are not known: call regroup first")
+            self._grouped = False
         outer, self._in_backward = self._in_backward, True
         try:
             with self:
                 run_backward(func, args, kwargs)
         finally:
             self._in_backward = outer
-
-    def _average(self, rows: Tensor) -> None:
-        if self._share is None:  # a mean over unequal batches weighs their samples unequally: undone here
-            total = self._counts.sum()
-            dist.all_reduce(total)
-            self._share = self.groups.size / float(total) if self._reduction == "mean" else 1 / self._world
-        rows *= self._share
-        dist.all_reduce(rows)

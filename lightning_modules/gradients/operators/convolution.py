@@ -128,7 +128,7 @@ def _patches(x: Tensor, kernel: Sequence[int], grid: Sequence[int]) -> Tensor:
 
 
 def _plain(recorder: GramianRecorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return not (recorder.is_constant(x) or recorder.batch_dim(x) or recorder.is_foreign(weight, bias))
+    return not (not recorder.carries_samples(x) or recorder.batch_dim(x) or recorder.is_foreign(weight, bias))
 
 
 def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ def embedding(
     """``torch.nn.functional.embedding``."""
     operand = recorder.operand(weight)
     special = max_norm is not None or scale_grad_by_freq or sparse
-    if operand is None or special or recorder.is_constant(input) or recorder.batch_dim(input):
+    if operand is None or special or not recorder.carries_samples(input) or recorder.batch_dim(input):
         return NotImplemented
     padding = -1 if padding_idx is None else padding_idx % len(weight)
     output = func(input, weight.detach(), padding_idx)

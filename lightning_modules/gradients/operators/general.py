@@ -112,7 +112,7 @@ def general(recorder: GramianRecorder, func: Any, args: tuple[Any, ...], kwargs:
     at = _batch_dim(recorder, func, args, tensors)
     if at == LOST or (_is_in_place(func) and id(args[0]) in owners):
         return recorder.lose(func(*args, **kwargs), params)
-    stand_ins = {id(t): _stand_in(t, id(t) in owners, recorder.is_constant(t)) for t in tensors}
+    stand_ins = {id(t): _stand_in(t, id(t) in owners, not recorder.carries_samples(t)) for t in tensors}
 
     def replace(tensor: Tensor) -> Tensor:
         return stand_ins[id(tensor)]

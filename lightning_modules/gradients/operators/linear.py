@@ -99,7 +99,7 @@ def linear(recorder: GramianRecorder, func: Any, input: Tensor, weight: Tensor, 
     """``torch.nn.functional.linear``."""
     batch_dim = recorder.batch_dim(input)
     splits = 0 <= batch_dim < input.dim() - 1
-    if not splits or recorder.is_constant(input) or recorder.is_foreign(weight, bias):
+    if not splits or not recorder.carries_samples(input) or recorder.is_foreign(weight, bias):
         return NotImplemented
     x = recorder.autocast(input)
     operation = LinearOperation(x, recorder.operand(weight), recorder.operand(bias), batch_dim=batch_dim)
@@ -111,7 +111,7 @@ def matmul(recorder: GramianRecorder, func: Any, input: Tensor, other: Tensor) -
     operand = recorder.operand(other)
     batch_dim = recorder.batch_dim(input)
     splits = 0 <= batch_dim < input.dim() - 1 and other.dim() == 2
-    if not splits or operand is None or recorder.is_constant(input):
+    if not splits or operand is None or not recorder.carries_samples(input):
         return NotImplemented
     x = recorder.autocast(input)
     operation = LinearOperation(x, operand, None, transposed=True, batch_dim=batch_dim)
@@ -130,7 +130,7 @@ def addmm(
 ) -> Any:
     """``bias + x @ weight``."""
     simple = input.dim() == 1 and beta == 1 and alpha == 1 and not recorder.is_foreign(input, mat2)
-    if not simple or recorder.is_constant(mat1) or recorder.batch_dim(mat1):
+    if not simple or not recorder.carries_samples(mat1) or recorder.batch_dim(mat1):
         return NotImplemented
     x = recorder.autocast(mat1)
     operation = LinearOperation(x, recorder.operand(mat2), recorder.operand(input), transposed=True)

@@ -217,4 +217,4 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 def _plain(recorder: GramianRecorder, x: Tensor, leading: int, *parameters: Tensor | None) -> bool:
     """Whether samples lie along one of the ``leading`` dimensions of ``x``, and the parameters are the same for all."""
-    return not recorder.is_constant(x) and 0 <= recorder.batch_dim(x) < leading and not recorder.is_foreign(*parameters)
+    return recorder.carries_samples(x) and 0 <= recorder.batch_dim(x) < leading and not recorder.is_foreign(*parameters)

@@ -32,6 +32,7 @@ def gramians(n, groups):
         "group_count": np.full((n, groups), 3),
         "group_loss": [np.arange(groups, dtype=np.float64)] * n,
         "gramian": np.arange(n * groups * groups, dtype=np.float64).reshape(n, groups * groups),
+        "coverage": np.ones(n),
     }
 
 

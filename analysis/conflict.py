@@ -5,6 +5,8 @@ Gramian (gradient_step, ..., task, half, other_task, other_half) with sample cou
 level of `gramians.sum_layers`, and returns a Dataset with the statistic, its ``standard_error`` (`jackknife` says what
 ``errors`` means) and the number of ``units`` behind it as an attribute. Where a squared norm cannot be told from zero
 the statistic is undefined, NaN: that is not a cosine of zero.
+
+Conflict is also in `significance` (z-scores, rates), `noise` (noise scales), `update` (shares), `moments`, `jackknife`.
 """
 
 from __future__ import annotations

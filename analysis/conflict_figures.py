@@ -144,8 +144,13 @@ def _agreement(gradient: xr.DataArray, overlap: xr.DataArray) -> str:
     )
 
 
-def blocks_figure(runs: Runs) -> ReportFigure:
-    """Conflict rate of each block with its null, and which intervals stand against the rest there."""
+def blocks_figure(runs: Runs) -> ReportFigure | None:
+    """Conflict rate of each block with its null, and which intervals stand against the rest there.
+
+    None if the runs have different blocks (`summary.comparability` says so): there is no row to put them in.
+    """
+    if not gramians.same_parts(runs, "block"):
+        return None
     methods = ordered(run.attrs["method"] for run in runs)
     pooled = {method: gramians.pool_runs(_of(runs, method), "block") for method in methods}
     rates = {method: significance.conflict_rate(*pair) for method, pair in pooled.items()}

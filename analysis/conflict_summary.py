@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from analysis.gramians import pool_runs
+from analysis.gramians import STEP, pool_runs
+from analysis.jackknife import MIN_UNITS
 from analysis.methods import method_name
 from analysis.significance import FALSE_DISCOVERY_RATE, NOISE_NULL, conflict_rate
 
@@ -28,7 +29,7 @@ def conflict_sentences(runs: Sequence[xr.Dataset], summary: pd.DataFrame) -> lis
         rate, error = row["conflict_rate"], row["conflict_rate_error"]
         text = f"Conflict rate of {method_name(str(method))}: {rate:.3f}"
         if not np.isfinite(error):
-            sentences.append(f"{text}, from too few probes for a standard error.")
+            sentences.append(f"{text} ({_why_no_error(measured)}).")
             continue
         pooled = pool_runs(measured)
         text += f" ± {error:.3f} ({_other_runs(measured, pooled)})"
@@ -45,7 +46,13 @@ def _other_runs(measured: Sequence[xr.Dataset], pooled: tuple[xr.DataArray, xr.D
     if len(measured) == 1:
         return "over the probes of one run, which says nothing about other seeds"
     error = float(conflict_rate(*pooled, errors="runs")["standard_error"])
-    return f"over probes; ± {error:.3f} over {len(measured)} runs"
+    return f"over probes; ± {error:.3f} over {len(measured)} runs" if error > 0 else "over probes; the same in all runs"
+
+
+def _why_no_error(measured: Sequence[xr.Dataset]) -> str:
+    if min(run.sizes[STEP] for run in measured) < MIN_UNITS:
+        return "too few probes for an error"
+    return "the same in every probe of a run, which gives no error"
 
 
 def _resolved_pairs(found: xr.Dataset) -> str:

@@ -124,7 +124,9 @@ def effective_channels_figure(runs: Runs) -> ReportFigure:
     for method in methods:
         own = [_last_energy(run) for run in runs if run.attrs["method"] == method]
         share = [activations.effective_channels(energy) / energy.notnull().sum("channel") for energy in own]
-        shares.append(sum(share[1:], share[0]).mean("block") / len(share))
+        # Over blocks first: the runs of a method need not have the same ones.
+        means = [of_run.mean("block") for of_run in share]
+        shares.append(sum(means[1:], means[0]) / len(means))
     figure, axes = panels(1, 1, width=6.0, height=3.8)
     plot_effective_channels(xr.concat(shares, pd.Index(methods, name="method")), ax=axes[0][0])
     return ReportFigure(

@@ -10,6 +10,7 @@ import xarray as xr
 
 from analysis.activations import effective_channels
 from analysis.gramians import run_gramian
+from analysis.jackknife import quotable_error
 from analysis.significance import conflict_rate
 from lightning_modules.tracking.records import RunManifest
 
@@ -116,7 +117,8 @@ def runs_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
 
     Returns:
         Columns run, name, method, seed, status, experiment, comparison, dataset, parameters, step (of the last
-        validation), val_loss, low_noise, high_noise, conflict_rate, conflict_rate_error. NaN where not measured.
+        validation), val_loss, low_noise, high_noise, conflict_rate, conflict_rate_error (see
+        `jackknife.quotable_error`). NaN where not measured.
     """
     return pd.DataFrame([_run_row(run) for run in runs])
 
@@ -135,7 +137,7 @@ def _run_row(run: xr.Dataset) -> dict[str, object]:
         row["low_noise"], row["high_noise"] = float(by_quarter[0]), float(by_quarter[-1])
     conflict = _conflict_rate(run) if "gramian" in run else None
     row["conflict_rate"] = np.nan if conflict is None else float(conflict["rate"])
-    row["conflict_rate_error"] = np.nan if conflict is None else float(conflict["standard_error"])
+    row["conflict_rate_error"] = np.nan if conflict is None else float(quotable_error(conflict))
     return row
 
 

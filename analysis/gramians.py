@@ -17,12 +17,13 @@ import numpy.typing as npt
 import xarray as xr
 
 from lightning_modules.errors import UserInputError
-from lightning_modules.tracking.records import interval_labels
+from lightning_modules.tracking.records import RunManifest, interval_labels
 
 STEP = "gradient_step"
 """Dimension of the probes; its coordinate ``run``, where there is one, says which run each probe belongs to."""
 
 Level = Literal["total", "block", "layer"]
+_REST = " (rest)"
 
 
 def gramian_arrays(
@@ -125,8 +126,14 @@ def run_gramian(run: xr.Dataset, level: Level = "total") -> xr.DataArray:
     Raises:
         UserInputError: If it has no gradient probes.
     """
-    blocks = [str(name) for name in run["block"].values] if "block" in run.coords else []
-    return sum_layers(measured_gramian(run), level, blocks)
+    return sum_layers(measured_gramian(run), level, _residual_blocks(run))
+
+
+def _residual_blocks(run: xr.Dataset) -> list[str]:
+    """Names in the order of the network, which the manifest knows also where no activations were measured."""
+    if "block" in run.coords:
+        return [str(name) for name in run["block"].values]
+    return list(RunManifest.from_json(run.attrs["manifest"]).block_channels) if "manifest" in run.attrs else []
 
 
 def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) -> xr.DataArray:
@@ -136,27 +143,61 @@ def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) 
         gramian: (gradient_step, layer, task, half, other_task, other_half).
         level: ``"layer"`` leaves it as it is, ``"block"`` yields the dimension ``block`` instead of ``layer``,
             ``"total"`` sums over all layers.
-        blocks: Names of the residual blocks. Other layers go by the first component of their name.
+        blocks: Names of the residual blocks, in the order of the network. Other layers go by the first component of
+            their name; where blocks share it, they are its ``(rest)`` and come after these blocks.
 
     Returns:
-        The Gramian; sums are float64.
+        The Gramian; sums are float64. Blocks are in the order of the network: state dicts need not be (the middle block
+        of diffusers' U-Nets comes after the upward ones there).
     """
     if level == "layer":
         return gramian
     if level == "total":
         return gramian.sum("layer", dtype=float, skipna=False)
     names = [_block_of(str(layer), blocks) for layer in gramian["layer"].values]
+    rows = _network_order(names, blocks)
     parts = [
-        gramian.isel(layer=[at for at, name in enumerate(names) if name == block]).sum(
-            "layer", dtype=float, skipna=False
-        )
-        for block in dict.fromkeys(names)
+        gramian.isel(layer=[at for at, name in enumerate(names) if name == row]).sum("layer", dtype=float, skipna=False)
+        for row in rows
     ]
-    return xr.concat(parts, xr.Variable("block", list(dict.fromkeys(names)))).transpose(STEP, "block", ...)
+    return xr.concat(parts, xr.Variable("block", rows)).transpose(STEP, "block", ...)
 
 
 def _block_of(layer: str, blocks: Sequence[str]) -> str:
-    return next((block for block in blocks if layer.startswith(f"{block}.")), layer.split(".")[0])
+    inside = next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)
+    if inside is not None:
+        return inside
+    head = _head(layer)
+    return f"{head}{_REST}" if any(_head(block) == head for block in blocks) else head
+
+
+def _network_order(names: Sequence[str], blocks: Sequence[str]) -> list[str]:
+    """The distinct names, those of one container together: containers with blocks in the order of these blocks."""
+    rows = list(dict.fromkeys(names))
+    place = {block: at for at, block in enumerate(blocks)}
+    heads = list(dict.fromkeys(_head(row) for row in rows))
+    with_blocks = iter(head for head in dict.fromkeys(_head(block) for block in blocks) if head in heads)
+    known = {_head(block) for block in blocks}
+    heads = [next(with_blocks) if head in known else head for head in heads]
+    return sorted(rows, key=lambda row: (heads.index(_head(row)), place.get(row, len(place))))
+
+
+def _head(name: str) -> str:
+    return name.removesuffix(_REST).split(".")[0]
+
+
+def same_parts(runs: Sequence[xr.Dataset], level: Level) -> bool:
+    """Whether the Gramians of these runs are of the same blocks or layers, so that one figure can show them."""
+    if level == "total":
+        return True
+    blocks = [_residual_blocks(run) for run in runs]
+    layers = [[str(layer) for layer in measured_gramian(run)["layer"].values] for run in runs]
+    if level == "block":
+        layers = [
+            _network_order([_block_of(layer, own) for layer in names], own)
+            for names, own in zip(layers, blocks, strict=True)
+        ]
+    return all(names == layers[0] for names in layers)
 
 
 def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.DataArray, xr.DataArray]:
@@ -169,8 +210,13 @@ def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.Da
         can be clustered.
 
     Raises:
-        UserInputError: If a run has no gradient probes.
+        UserInputError: If a run has no gradient probes, or the runs have different blocks or layers at that level.
     """
+    if not same_parts(runs, level):
+        raise UserInputError(
+            f"the runs have different {level}s, whose Gramians cannot be pooled {level} by {level}: choose runs of one "
+            "architecture, or pool them at the level 'total'"
+        )
     gramians = [run_gramian(run, level) for run in runs]
     counts = [run["group_count"] for run in runs]
     of_run = np.repeat(np.arange(len(runs)), [count.sizes[STEP] for count in counts])

@@ -34,6 +34,8 @@ Statistic = Callable[[xr.Dataset], xr.DataArray]
 
 MAX_UNITS = 32
 """Batches of probes in all: enough for Student's t to be near normal, long enough to outlast autocorrelation."""
+MIN_UNITS = 8
+"""Fewer probes give no error that a table may quote; figures draw Student's t-intervals, which widen instead."""
 SIGNAL_ERRORS = 2.0
 """A squared norm counts as distinct from zero beyond this many standard errors (or Student's t of the same p)."""
 _UNIT = "unit"
@@ -129,6 +131,16 @@ def half_width(estimate: xr.Dataset, level: float = 0.95) -> xr.DataArray:
     """Half the width of Student's t-interval around an estimate, from its standard error and number of units."""
     units = estimate.attrs["units"]
     return estimate["standard_error"] * (stats.t.ppf((1 + level) / 2, units - 1) if units > 1 else np.nan)
+
+
+def quotable_error(estimate: xr.Dataset) -> xr.DataArray:
+    """The standard error over probes of an estimate, NaN where it is not worth printing behind a ±.
+
+    Fewer than `MIN_UNITS` probes happen to agree so often that their spread says little; and where they all agree, the
+    spread of zero is no proof that the estimate is exact.
+    """
+    error = estimate["standard_error"]
+    return error.where((error > 0) & (estimate.attrs["units"] >= MIN_UNITS))
 
 
 def signal_threshold(units: int) -> float:

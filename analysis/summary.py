@@ -12,6 +12,7 @@ import xarray as xr
 from analysis.conflict_summary import conflict_sentences
 from analysis.convergence import paired_difference, speed_up, steps_to_baseline
 from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS
+from analysis.gramians import same_parts
 from analysis.methods import method_name, ordered, reference_method
 from analysis.significance import NOISE_NULL
 from analysis.uncertainty import FEW_SEEDS, seed_warning
@@ -36,7 +37,7 @@ def summary_frame(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         - val_loss, low_noise, high_noise (mean over runs of the last validation loss overall and in the first and last
           quarter of T; NaN if any run diverged) and each with ``_sd`` (sample standard deviation over runs),
         - conflict_rate (mean over runs), conflict_rate_error (standard error over the probes within these runs:
-          conditional on them, not a spread over seeds), conflict_null (0.5),
+          conditional on them, not a spread over seeds; NaN if a run has too few of them), conflict_null (0.5),
         - arrived, paired (runs that reached the final loss of the reference with the same seed, and runs that have such
           a partner), steps_to_baseline (text: every seed's steps, "not reached" where censored),
         - difference, difference_low, difference_high (final loss minus the reference's, paired by seed, with its
@@ -52,8 +53,8 @@ def summary_frame(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
             row[name] = own[name].mean(skipna=False)
             row[f"{name}_sd"] = own[name].std(ddof=1, skipna=False)
         row["conflict_rate"] = own["conflict_rate"].mean()
-        measured = own["conflict_rate_error"].dropna()
-        row["conflict_rate_error"] = np.sqrt((measured**2).sum()) / len(measured) if len(measured) else np.nan
+        errors = own.loc[own["conflict_rate"].notna(), "conflict_rate_error"]
+        row["conflict_rate_error"] = np.sqrt((errors**2).sum(skipna=False)) / len(errors) if len(errors) else np.nan
         row["conflict_null"] = NOISE_NULL
         mine = reached[reached["method"] == method].sort_values("seed")
         row |= {"arrived": int(mine["arrived"].sum()), "paired": len(mine), "steps_to_baseline": _arrival_text(mine)}
@@ -222,13 +223,25 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
     if unfinished:
         found.append(f"Not finished: {', '.join(unfinished)}. Their last values are not final.")
     manifests = [dataclasses.asdict(RunManifest.from_json(run.attrs["manifest"])) for run in runs]
-    differing = [name for name in manifests[0] if name not in _FREE_FIELDS and len(_values(manifests, name)) > 1]
-    if differing:
+    methods = ordered(manifest["method"] for manifest in manifests)
+    differing = _differing(manifests)
+    if differing and len(methods) > 1:
         found.append(f"The runs differ in {', '.join(differing)}: a difference between methods may come from that.")
-    for method in ordered(manifest["method"] for manifest in manifests):
+    for method in methods:
+        inside = _differing([manifest for manifest in manifests if manifest["method"] == method])
+        if inside:
+            found.append(
+                f"Runs of {method_name(method)} differ in {', '.join(inside)}, not only in their seed: their mean and "
+                "spread are over different settings, not over seeds of one."
+            )
         routings = [{**(m["routing"] or {}), "seed": 0} for m in manifests if m["method"] == method]
         if len({repr(sorted(routing.items())) for routing in routings}) > 1:
             found.append(f"Runs of {method_name(method)} differ in their routing parameters, not only in their seed.")
+    if not same_parts([run for run in runs if "gramian" in run], "block"):
+        found.append(
+            "The runs have different blocks: the figure of conflict by block is left out; all others are of whole "
+            "networks."
+        )
     partial = {run.attrs["name"]: float(run["coverage"].min()) for run in runs if "coverage" in run}
     if any(share < 1 for share in partial.values()):
         listed = ", ".join(f"{name} {share:.1%}" for name, share in partial.items() if share < 1)
@@ -237,6 +250,10 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
     if len(set(steps.values())) > 1:
         found.append(f"Runs end at different steps ({min(steps.values()):,} to {max(steps.values()):,}).")
     return found
+
+
+def _differing(manifests: list[dict]) -> list[str]:
+    return [name for name in manifests[0] if name not in _FREE_FIELDS and len(_values(manifests, name)) > 1]
 
 
 def _values(manifests: list[dict], name: str) -> set[str]:

@@ -250,10 +250,6 @@ class GramianRecorder(TorchFunctionMode):
         """Whether one of an operator's parameters depends on samples, as in a hypernetwork: it must not be detached."""
         return any(t is not None and t.requires_grad and self.operand(t) is None for t in tensors)
 
-    def is_constant(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is the same for all samples."""
-        return not self.carries_samples(tensor)
-
     def batch_dim(self, tensor: Tensor) -> int:
         """The dimension of ``tensor`` that runs over samples."""
         return self._provenance.batch_dim(tensor)

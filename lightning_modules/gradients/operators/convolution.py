@@ -75,21 +75,17 @@ class ConvolutionOperation:
     def _split_small(self, ledger: Ledger, weight: Operand, x: Tensor, grad: Tensor) -> Tensor:
         """As for a linear layer on overlapping patches, channels last: inner products do not mind the order."""
         kernel = weight.tensor.shape[2:]
-        groups, dims = ledger.groups, len(kernel)
+        groups = ledger.groups
         stride, padding, *_ = self.geometry
         folded = len(x) // groups.size
         x, grad = (groups.arrange(t.unflatten(0, (groups.size, folded))).flatten(0, 1) for t in (x, grad))
-        x = F.pad(x.movedim(1, -1), (0, 0, *(side for size in reversed(padding) for side in (size, size))))
-        for dim in range(dims):
-            x = x.unfold(dim + 1, kernel[dim], stride[dim])
-        x = x.movedim(dims + 1, -1)  # (rows, positions, kernel, channels) without a copy so far
         grad = grad.flatten(2).to(x.dtype)
         rows = ledger.workspace(groups.num_groups * weight.tensor.numel(), x).view(groups.num_groups, grad.shape[1], -1)
         if min(groups.counts_list) == 0:
             rows.zero_()
         for index, members in groups.slices():
             part = slice(members.start * folded, members.stop * folded)
-            patches = x[part].reshape(-1, rows.shape[-1])
+            patches = _overlapping_patches(x[part], kernel, stride, padding).reshape(-1, rows.shape[-1])
             torch.mm(grad[part].transpose(0, 1).flatten(1), patches, out=rows[index])
         products = torch.zeros((groups.num_groups, groups.num_groups), dtype=torch.float64)
         add_inner_products(rows.flatten(1), products)
@@ -113,6 +109,14 @@ class ConvolutionOperation:
             )
             rows[index] = gradient.flatten()
         yield 0, rows
+
+
+def _overlapping_patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Patches (rows, positions, kernel, channels) of x (rows, channels, ...), as a view of one padded copy."""
+    x = F.pad(x.movedim(1, -1), (0, 0, *(side for size in reversed(padding) for side in (size, size))))
+    for dim, size in enumerate(kernel):
+        x = x.unfold(dim + 1, size, stride[dim])
+    return x.movedim(len(kernel) + 1, -1)
 
 
 def _patches(x: Tensor, kernel: Sequence[int], grid: Sequence[int]) -> Tensor:

@@ -85,6 +85,20 @@ def test_at_most_one_layers_gradients_of_all_groups_at_a_time(ordered):
     assert remaining - left <= (GROUPS + 1) * LARGEST  # the workspace, until the recorder goes
 
 
+@pytest.mark.parametrize("side", [8, 16])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_convolutions_keep_no_more_than_linear_layers(side, ordered):
+    """Up to one group's patches, and copies of activations put in order."""
+    model = Model(lambda s, x: s.layers(x), layers=nn.Sequential(*[nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)]))
+    x = normal(32, 64, side, side)
+    group = torch.arange(32) // 2 if ordered else torch.arange(32) % GROUPS
+    plain, _ = measure(model, x, group, recorded=False)
+    peak, _ = measure(model, x, group, recorded=True)
+    patches = 9 * x[:2].nbytes
+    copies = 0 if ordered else 2 * x.nbytes
+    assert peak - plain <= (GROUPS + 2) * 9 * LARGEST + patches + copies
+
+
 def test_a_pass_without_gradients_keeps_nothing_more():
     """Self-conditioning calls every layer once more, without a gradient: layers are still passed on one by one."""
     model, x = stack(shared=False), normal(32, 2, 64)

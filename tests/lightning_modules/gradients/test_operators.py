@@ -47,6 +47,15 @@ def test_consecutive_rows_of_a_sample(grouping, rows, d, p):
     exact(model, normal(len(grouping[0]), rows, d), grouping)
 
 
+@pytest.mark.parametrize("positions", [0, 10**9], ids=["by its own kernel", "by patches"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_both_ways_to_split_a_convolution(monkeypatch, positions, stride):
+    convolution = importlib.import_module("lightning_modules.gradients.operators.convolution")
+    monkeypatch.setattr(convolution, "SMALL_GRID", positions)
+    for group in (GROUP, GROUP.sort().values, torch.arange(8) // 2):
+        exact(nn.Conv2d(3, 4, 3, stride=stride, padding=1), normal(8, 3, 7, 6), (group, 5))
+
+
 def test_rows_of_a_single_sample_are_not_told_apart():
     """With a batch of one, every dimension of size one looks like it."""
     model = Model(lambda self, x: self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2]), linear=nn.Linear(3, 2))

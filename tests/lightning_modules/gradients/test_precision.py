@@ -46,8 +46,9 @@ def test_float32_is_exact_to_its_rounding(make, inputs):
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(network, lambda: (X,)), (dit, images)])
-def test_bfloat16_autocast_is_within_its_rounding_of_float32(make, inputs):
-    """Against brute force in float32; each gradient errs by some units of bfloat16, more through more layers.
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, BF16), (torch.float16, BF16 / 8)])
+def test_autocast_is_within_its_rounding_of_float32(make, inputs, dtype, unit):
+    """Against brute force in float32; each gradient errs by some units of the last place, more through more layers.
 
     The bound is 16 units on the norm of a layer's gradients, measured on the groups' gradients that brute force finds
     under the same autocast, whose own error it must not exceed by more than half.
@@ -55,7 +56,7 @@ def test_bfloat16_autocast_is_within_its_rounding_of_float32(make, inputs):
     model, x = make(), inputs()
 
     def half():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
             return squares(model(*x).float())
 
     exact = truth(model, lambda: squares(model(*x)), GROUP, 5)
@@ -65,8 +66,8 @@ def test_bfloat16_autocast_is_within_its_rounding_of_float32(make, inputs):
     for layer, value in zip(gramian.layers, gramian.values, strict=True):
         size = float(exact.layers[layer].abs().max())
         unavoidable = float((rounded[layer] - exact.layers[layer]).abs().max())
-        assert float((value - exact.layers[layer]).abs().max()) < 1.5 * unavoidable + 4 * BF16 * size, layer
-    assert gradient_error(grad, exact) < 16 * BF16
+        assert float((value - exact.layers[layer]).abs().max()) < 1.5 * unavoidable + 4 * unit * size, layer
+    assert gradient_error(grad, exact) < 16 * unit
 
 
 def test_small_inputs_of_an_rms_norm_in_half_precision():

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from experiments.probing.data import ProbeData
     from experiments.probing.subject import Subject
 
-EXIT_INTERRUPTED = 130
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
@@ -64,7 +62,9 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
         "--loss-weight", choices=["uniform", "min_snr", "p2"], help="(default: as the checkpoint was trained)"
     )
     group.add_argument(
-        "--verify", action="store_true", help="also compare one batch with a backward pass for each group"
+        "--verify",
+        action="store_true",
+        help="also compare one batch with a backward pass for each group; exit code 1 if they differ",
     )
 
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     device, logger, console = _device(args.device), tracking_logger(args), Console()
     subject = load_subject(args, device)
-    measure: Callable[[Setup], str]
+    measure: Callable[[Setup], int]
     if args.timesteps is None:
         measure = functools.partial(probe_intervals, intervals=build_intervals(args, subject))
     else:
@@ -138,12 +138,12 @@ def run(args: argparse.Namespace) -> int:
     _announce(args, subject, data, console)
     record = ProbeRecord(folder, logger)
     try:
-        stopped = measure(Setup(args, subject, data, record, console))
+        code = measure(Setup(args, subject, data, record, console))
     except BaseException as error:
         record.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     console.print(f"Files: {folder}", soft_wrap=True, markup=False, highlight=False)
-    return EXIT_INTERRUPTED if stopped == "interrupted" else 0
+    return code
 
 
 def _check(args: argparse.Namespace) -> None:

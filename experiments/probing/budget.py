@@ -14,6 +14,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
+MIN_BATCHES = 8
+"""A standard error from fewer batches is too uncertain to stop by, or to show."""
+
 Stopped = Literal["batches", "minutes", "precision", "interrupted"]
 
 

@@ -15,15 +15,21 @@ from analysis import conflict
 from analysis.gramians import gramian_arrays
 from experiments.probing.data import Batches
 from experiments.probing.subject import Subject
+from experiments.probing.verification import (
+    contradicted_layers,
+    errors_by_subbatches,
+    expected_gradient,
+    trained_parameters,
+    wrong_layers,
+)
 from lightning_modules.config import IntervalConfig
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
-from lightning_modules.gradients import Gramian, GramianRecorder, gramian_by_subbatches, split_tasks
+from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
 from lightning_modules.gradients.collectors import Collector
+from lightning_modules.gradients.verification import without_layers
 from lightning_modules.timesteps import TimestepIntervals
 
-MIN_BATCHES = 8
-"""A standard error from fewer batches is too uncertain to stop by."""
 CHECK_EVERY = 4
 """The precision is looked at after every n-th batch: a rule of the batch number, so that results are repeatable."""
 
@@ -63,7 +69,9 @@ class IntervalProbe:
         intervals: The tasks.
         halves: Independent halves of each task's samples.
         layers: Names of the layers, once there is a batch.
-        coverage: Share of the parameters for which the Gramians are exact.
+        coverage: Share of the parameters for which the Gramians are exact, the least of all batches.
+        uncovered: Names of the parameters for which the Gramian of some batch is not exact.
+        wrong: Layers that verification found wrong.
         totals: The Gramian (G, G) over all layers of each batch.
         counts: Samples (G,) of each batch.
         losses: Mean losses (G,) of each batch.
@@ -77,6 +85,7 @@ class IntervalProbe:
         self.layers: tuple[str, ...] = ()
         self.coverage = 1.0
         self.uncovered: tuple[str, ...] = ()
+        self.wrong: set[str] = set()
         self.totals: list[FloatArray] = []
         self.counts: list[npt.NDArray[np.int64]] = []
         self.losses: list[FloatArray] = []
@@ -87,12 +96,19 @@ class IntervalProbe:
         return self.intervals.num_intervals * self.halves
 
     def measure(self, number: int) -> Gramian:
-        """Measures batch ``number`` and keeps its sum over layers."""
+        """Measures batch ``number`` and keeps its sum over layers; the first batch measured is verified."""
         batch, group = self.draw(number)
+        first = not self.totals
+        expected = expected_gradient(self.subject, batch, group, self.num_groups) if first else None
         recorder, losses = backward(self.subject, batch, group, self.num_groups)
         gramian = recorder.result()
         clear_gradients(self.subject)
-        self.layers, self.coverage, self.uncovered = gramian.layers, gramian.coverage, gramian.uncovered
+        if expected is not None:
+            self.wrong |= contradicted_layers(self.subject, gramian, expected)
+        if self.wrong:
+            gramian = without_layers(gramian, self.wrong, trained_parameters(self.subject))
+        self.layers, self.coverage = gramian.layers, min(self.coverage, gramian.coverage)
+        self.uncovered = tuple(dict.fromkeys((*self.uncovered, *gramian.uncovered)))
         self.totals.append(gramian.total().cpu().numpy())
         self.counts.append(gramian.counts.cpu().numpy())
         self.losses.append(group_means(losses, group, gramian.counts))
@@ -132,30 +148,19 @@ class IntervalProbe:
         defined = np.isfinite(above)
         return float(above[defined].max()) if 2 * defined.sum() >= max(len(above), 1) else math.inf
 
-    def verify(self) -> dict[str, float]:
-        """The first batch once more, by a backward pass per group: relative error of each layer's Gramian.
+    def verify(self) -> tuple[dict[str, float], set[str]]:
+        """The first batch once more, by a backward pass per group: every layer's relative error, and the wrong layers.
 
-        Relative to the layer's largest entry. Both ways compute in the weights' own precision.
+        Wrong layers count as uncovered from then on.
         """
         batch, group = self.draw(1)
         recorder, _ = backward(self.subject, batch, group, self.num_groups)
         gramian = recorder.result()
         clear_gradients(self.subject)
-
-        def sample_loss(rows: Tensor) -> Tensor:
-            y = None if batch.y is None else batch.y[rows]
-            part = NoisedBatch(batch.x0[rows], y, batch.t[rows], batch.noise[rows])
-            return self.subject.module.sample_losses(part, self.subject.backbone).loss
-
-        trained = {name: p for name, p in self.subject.backbone.named_parameters() if p.requires_grad}
-        slow = gramian_by_subbatches(sample_loss, trained, group, self.num_groups)
-        expected = dict(zip(slow.layers, slow.values, strict=True))
-        errors = {}
-        for layer, value in zip(gramian.layers, gramian.values, strict=True):
-            largest = float(expected[layer].abs().max())
-            difference = float((value - expected[layer]).abs().max())
-            errors[layer] = difference / largest if largest else difference
-        return errors
+        errors = errors_by_subbatches(self.subject, batch, group, self.num_groups, gramian)
+        wrong = wrong_layers(self.subject, gramian, errors)
+        self.wrong |= wrong
+        return errors, wrong
 
 
 def noised(subject: Subject, x: Tensor, y: Tensor | None, t: Tensor, generator: torch.Generator) -> NoisedBatch:

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from analysis.timestep_affinity import timestep_affinity_figure
 from experiments.probing import summary
-from experiments.probing.budget import Budget, Stopped, measure_batches
+from experiments.probing.budget import MIN_BATCHES, Budget, Stopped, measure_batches
 from experiments.probing.data import Batches, ProbeData
-from experiments.probing.intervals import CHECK_EVERY, MIN_BATCHES, IntervalProbe
+from experiments.probing.intervals import CHECK_EVERY, IntervalProbe
 from experiments.probing.record import ProbeRecord, manifest_of, settings_of
 from experiments.probing.subject import Subject
 from experiments.probing.timesteps import HALVES, TimestepProbe, affinity_file, batches_needed, check_exact
+from experiments.probing.verification import tolerance
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.sketch import CountSketch, Projection
 from lightning_modules.timesteps import TimestepIntervals
 from lightning_modules.tracking import records
 from lightning_modules.tracking.heatmap import heatmap_image
 
+EXIT_WRONG, EXIT_INTERRUPTED = 1, 130
 DEFAULT_BATCHES = 64
 DEFAULT_PASSES = 8
 """Over all timesteps, four for each half."""
@@ -76,15 +78,18 @@ class Setup:
         self.record.finish(kept | known, stopped, note)
 
 
-def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> Stopped:
-    """Measures Gramians of intervals, and reports on them."""
+def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> int:
+    """Measures Gramians of intervals, and reports on them; the exit code."""
     args, record = setup.args, setup.record
     probe = IntervalProbe(setup.subject, setup.batches(), intervals, args.halves)
     count = intervals.num_intervals
     record.start(setup.subject, f"{count} intervals", {**_settings(setup), "intervals": list(intervals.bounds)})
     manifest = manifest_of(setup.subject, setup.data, intervals, args.batch_size)
     record.log_manifest(manifest)
-    verified = {"verified_relative_error": _verified(probe, setup.console)} if args.verify else {}
+    verified: dict[str, Any] = {}
+    if args.verify:
+        worst, wrong = _verified(probe, setup.console)
+        verified = {"verified_relative_error": worst if math.isfinite(worst) else None, "wrong_layers": sorted(wrong)}
 
     def measure(number: int) -> float | None:
         gramian = probe.measure(number)
@@ -101,6 +106,24 @@ def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> Stopped:
     run = summary.read_measured(record.folder / records.TELEMETRY_DIR, method, manifest.seed, name)
     found = summary.interval_statistics(run)
     numbers = summary.summary_numbers(found)
+    _keep_intervals(record, run, found, numbers, measured)
+    summary.print_intervals(found, setup.console)
+    said = [setup.explain_stop(stopped, measured), *summary.findings(numbers, measured, probe.coverage)]
+    if args.precision is not None and (measured < MIN_BATCHES or not probe.precision() <= args.precision):
+        said.append(summary.precision_missed(args.precision, numbers))
+    if probe.wrong:
+        said.append(f"Measured wrong, as a check of the first batch shows: {', '.join(sorted(probe.wrong))}.")
+    if measured < 2:
+        said.append("Nothing can be told from noise with fewer than two batches.")
+    covered = {"coverage": probe.coverage, "uncovered": list(probe.uncovered)}
+    setup.finish({**numbers, **verified, "batches": measured, **covered}, stopped, said)
+    return EXIT_WRONG if verified.get("wrong_layers") else exit_code(stopped)
+
+
+def _keep_intervals(
+    record: ProbeRecord, run: xr.Dataset, found: xr.Dataset, numbers: dict[str, Any], measured: int
+) -> None:
+    """Writes tables, figures and scalars."""
     scalars = {
         "conflict/rate": numbers["conflict_rate"],
         "conflict/mean_cosine": numbers["mean_corrected_cosine"],
@@ -115,16 +138,10 @@ def probe_intervals(setup: Setup, intervals: TimestepIntervals) -> Stopped:
     record.log_file("cosines.csv", summary.cosines_csv(found))
     for figure in summary.interval_figures(run):
         record.log_figure(figure)
-    summary.print_intervals(found, setup.console)
-    said = [setup.explain_stop(stopped, measured), *summary.findings(numbers, probe.coverage)]
-    if measured < 2:
-        said.append("Nothing can be told from noise with fewer than two batches.")
-    setup.finish({**numbers, **verified, "batches": measured, "coverage": probe.coverage}, stopped, said)
-    return stopped
 
 
-def probe_timesteps(setup: Setup, timesteps: Tensor, projection: Projection) -> Stopped:
-    """Measures the affinity of single timesteps, and reports on it."""
+def probe_timesteps(setup: Setup, timesteps: Tensor, projection: Projection) -> int:
+    """Measures the affinity of single timesteps, and reports on it; the exit code."""
     args, record = setup.args, setup.record
     probe = TimestepProbe(setup.subject, setup.batches(), timesteps, args.samples, projection, args.seed)
     record.start(
@@ -160,8 +177,18 @@ def probe_timesteps(setup: Setup, timesteps: Tensor, projection: Projection) -> 
         labels = [str(t) for t in timesteps.tolist()]
         image = heatmap_image(affinity["cosine"].values, labels, title="Noise-corrected cosine")
         record.log_heatmap("timestep_affinity", image, measured)
-    setup.finish(numbers, stopped, said + _affinity_findings(numbers))
-    return stopped
+    said += _affinity_findings(numbers)
+    error = numbers["sampling_error"]
+    if args.precision is not None and (error is None or error > args.precision):
+        reached = "no cosine is defined" if error is None else f"the cosines' standard error is {error:.3f}"
+        said.append(f"Precision {args.precision:g} not reached: {reached}.")
+    setup.finish(numbers, stopped, said)
+    return exit_code(stopped)
+
+
+def exit_code(stopped: Stopped) -> int:
+    """What the shell gets to know of the end."""
+    return EXIT_INTERRUPTED if stopped == "interrupted" else 0
 
 
 def check_timesteps_budget(args: argparse.Namespace) -> None:
@@ -210,9 +237,13 @@ def _affinity_findings(numbers: dict[str, Any]) -> list[str]:
     return said
 
 
-def _verified(probe: IntervalProbe, console: Console) -> float:
-    """Compares the engine with a backward pass per group on the first batch; the largest relative error."""
-    errors = probe.verify()
+def _verified(probe: IntervalProbe, console: Console) -> tuple[float, set[str]]:
+    """Compares the engine with a backward pass per group on the first batch: the largest relative error, wrong layers.
+
+    The error is infinite if it is not a number.
+    """
+    errors, wrong = probe.verify()
+    errors = {layer: math.inf if math.isnan(error) else error for layer, error in errors.items()}
     table = Table(title="Against one backward pass per group", title_justify="left", title_style="bold")
     table.add_column("layer")
     table.add_column("relative error", justify="right")
@@ -220,8 +251,15 @@ def _verified(probe: IntervalProbe, console: Console) -> float:
     for layer, error in worst[:_VERIFIED_SHOWN]:
         table.add_row(layer, f"{error:.1e}")
     console.print(table)
-    console.print(f"• Worst of {len(errors)} layers: {worst[0][1]:.1e} ({worst[0][0]}).", markup=False, highlight=False)
-    return worst[0][1]
+    verdict = f"wrong beyond rounding: {', '.join(sorted(wrong))}" if wrong else "verified"
+    most = tolerance(probe.subject)
+    console.print(
+        f"• Worst of {len(errors)} layers: {worst[0][1]:.1e} ({worst[0][0]}), of which rounding explains {most:g}: "
+        f"{verdict}.",
+        markup=False,
+        highlight=False,
+    )
+    return worst[0][1], wrong
 
 
 def _print_check(rows: list[dict[str, float]], console: Console) -> list[str]:

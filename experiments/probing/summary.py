@@ -18,9 +18,12 @@ from analysis.conflict_figures import blocks_figure, conflict_figure, noise_figu
 from analysis.gramians import STEP, pool_runs
 from analysis.panels import ReportFigure
 from analysis.telemetry import read_telemetry
+from experiments.probing.budget import MIN_BATCHES
 
-_SHOWN_COSINES = 10
-"""Up to so many intervals the matrix fits the terminal."""
+_WHOLE_FROM = 10
+"""Smaller noise scales and errors are written with decimals."""
+_CELL_WIDTH, _EDGE_WIDTH = 11, 3
+"""Of the matrix on the terminal: "+0.12±0.03" and a space, and the number of the row."""
 
 
 def interval_statistics(run: xr.Dataset) -> xr.Dataset:
@@ -28,7 +31,7 @@ def interval_statistics(run: xr.Dataset) -> xr.Dataset:
 
     Returns:
         ``cosine``, ``cosine_error`` (NaN where undefined), ``plain_cosine``, ``signal``, ``noise_scale``,
-        ``noise_scale_error``, ``loss``, ``rate``, ``rate_error``.
+        ``noise_scale_error``, ``loss``, ``rate``, ``rate_error``; the attribute ``batches`` says from how many.
     """
     gramian, count = pool_runs([run])
     corrected = conflict.corrected_cosine(gramian, count)
@@ -45,7 +48,8 @@ def interval_statistics(run: xr.Dataset) -> xr.Dataset:
             "loss": run["group_loss"].weighted(run["group_count"]).mean((STEP, "half")),
             "rate": rate["rate"],
             "rate_error": rate["standard_error"],
-        }
+        },
+        attrs={"batches": run.sizes[STEP]},
     )
 
 
@@ -118,46 +122,72 @@ def _csv(header: list[str], rows: Any) -> bytes:
 
 
 def print_intervals(found: xr.Dataset, console: Console) -> None:
-    """The intervals one by one, and the matrix if it fits."""
+    """The intervals one by one, numbered, and the matrix between their numbers if it fits."""
     table = Table(title="Timestep intervals", title_justify="left", title_style="bold")
-    for column in ("t", "log-SNR", "loss", "signal", "noise scale"):
+    for column in ("", "t", "log-SNR", "loss", "signal", "noise scale"):
         table.add_column(column, justify="right")
     for task in range(found.sizes["task"]):
         one = found.isel(task=task)
-        scale, error = float(one["noise_scale"]), float(one["noise_scale_error"])
         table.add_row(
+            str(task + 1),
             str(one["interval"].values).removeprefix("t"),
             f"{float(one['log_snr']):.1f}",
             f"{float(one['loss']):.4g}",
             f"{float(one['signal']):.1f}",
-            f"{scale:,.0f} ± {error:,.0f}" if np.isfinite(scale) else "not measurable",
+            _scale(float(one["noise_scale"]), _told(float(one["noise_scale_error"]), found)),
         )
     console.print(table)
-    if found.sizes["task"] <= _SHOWN_COSINES:
+    if _EDGE_WIDTH + _CELL_WIDTH * (found.sizes["task"] - 1) <= console.width:
         console.print(_matrix(found))
+    else:
+        console.print("• The cosines of all pairs are in cosines.csv.", highlight=False)
+
+
+def _told(error: float, found: xr.Dataset) -> float | None:
+    """A standard error, or None where it is one in name only: zero, undefined, or from too few batches."""
+    return error if found.attrs["batches"] >= MIN_BATCHES and np.isfinite(error) and error > 0 else None
+
+
+def _scale(scale: float, error: float | None) -> str:
+    if not np.isfinite(scale):
+        return "not measurable"
+    digits = 0 if abs(scale) >= _WHOLE_FROM else 2
+    return f"{scale:,.{digits}f}" + ("" if error is None else f" ± {error:,.{digits}f}")
 
 
 def _matrix(found: xr.Dataset) -> Table:
-    table = Table(title="Noise-corrected gradient cosine ± standard error", title_justify="left", title_style="bold")
-    labels = [str(label).removeprefix("t") for label in found["interval"].values]
-    for column in ("t", *(f"{low} …" for low in found["t_low"].values[1:])):
-        table.add_column(column, justify="right")
-    for row, label in enumerate(labels[:-1]):
+    tasks = found.sizes["task"]
+    table = Table(
+        title="Noise-corrected gradient cosine ± standard error",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("", *(str(task + 1) for task in range(1, tasks))):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in range(tasks - 1):
         cells = [""] * row
-        for other in range(row + 1, len(labels)):
+        for other in range(row + 1, tasks):
             value = float(found["cosine"].values[row, other])
-            error = float(found["cosine_error"].values[row, other])
-            cells.append(f"{value:+.2f} ± {error:.2f}" if np.isfinite(value) else "–")
-        table.add_row(label, *cells)
+            error = _told(float(found["cosine_error"].values[row, other]), found)
+            spread = "" if error is None else f"±{_four(error)}"
+            cells.append(f"{value:+.2f}{spread}" if np.isfinite(value) else "–")
+        table.add_row(str(row + 1), *cells)
     return table
 
 
-def findings(numbers: dict[str, Any], coverage: float) -> list[str]:
+def _four(number: float) -> str:
+    """A positive number in four characters."""
+    return f"{number:.2f}" if number < _WHOLE_FROM - 0.005 else f"{number:.0f}"
+
+
+def findings(numbers: dict[str, Any], batches: int, coverage: float) -> list[str]:
     """The result in sentences."""
     said = []
     if numbers["conflict_rate"] is not None:
         error = numbers["conflict_rate_standard_error"]
-        spread = "" if error is None else f" ± {error:.3f}"
+        spread = "" if not error or batches < MIN_BATCHES else f" ± {error:.3f}"
         said.append(f"Conflict rate {numbers['conflict_rate']:.3f}{spread}; noise alone would give 0.5.")
     undefined = numbers["pairs"] - numbers["pairs_defined"]
     if undefined:
@@ -165,8 +195,18 @@ def findings(numbers: dict[str, Any], coverage: float) -> list[str]:
             f"{undefined} of {numbers['pairs']} cosines are undefined: a gradient cannot be told from noise yet. "
             "More batches may show it."
         )
-    if numbers["largest_standard_error"] is not None:
+    if batches < MIN_BATCHES:
+        said.append(f"Standard errors need at least {MIN_BATCHES} batches.")
+    elif numbers["largest_standard_error"]:
         said.append(f"Largest standard error of a corrected cosine: {numbers['largest_standard_error']:.3f}.")
     if coverage < 1:
         said.append(f"The Gramian covers {coverage:.2%} of the parameters only.")
     return said
+
+
+def precision_missed(asked: float, numbers: dict[str, Any]) -> str:
+    """That the precision asked for was not reached, and how far off it is."""
+    undefined = numbers["pairs"] - numbers["pairs_defined"]
+    largest = numbers["largest_standard_error"]
+    known = "" if largest is None else f"largest standard error {largest:.3f}, "
+    return f"Precision {asked:g} not reached: {known}{undefined} of {numbers['pairs']} cosines undefined."

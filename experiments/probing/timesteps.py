@@ -21,9 +21,11 @@ from analysis.timestep_affinity import timestep_affinity
 from experiments.probing.data import Batches
 from experiments.probing.intervals import backward, clear_gradients, noised
 from experiments.probing.subject import Subject
+from experiments.probing.verification import contradicted_layers, expected_gradient, trained_parameters
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients.sketch import CountSketch, Projection, SketchCollector, SketchSums, Unprojected
+from lightning_modules.gradients.verification import without_layers
 from lightning_modules.seeding import seeded_generator
 
 HALVES = 2
@@ -120,12 +122,14 @@ class TimestepProbe:
         self.sums.add(collector.table, half, task, torch.full((self.groups,), self.samples))
 
     def coverage(self) -> float:
-        """Share of the parameters whose gradients the sketches hold, found out on the first batch."""
+        """Share of the parameters whose gradients the sketches hold, found out and verified on the first batch."""
         batch, group = self._draw(1, self.visits(1)[0])
+        expected = expected_gradient(self.subject, batch, group, self.groups)
         recorder, _ = backward(self.subject, batch, group, self.groups)
-        coverage = recorder.result().coverage
+        gramian = recorder.result()
         clear_gradients(self.subject)
-        return coverage
+        wrong = contradicted_layers(self.subject, gramian, expected)
+        return without_layers(gramian, wrong, trained_parameters(self.subject)).coverage
 
     def _draw(self, number: int, task: Tensor) -> tuple[NoisedBatch, Tensor]:
         x, y, generator = self.batches.images(number)

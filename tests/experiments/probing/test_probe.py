@@ -41,6 +41,7 @@ def test_the_whole_way_with_tracking(checkpoint, tmp_path, capsys, monkeypatch):
     assert "averaged weights of a DiT" in said
     assert "Conflict rate" in said
     assert "Worst of 16 layers" in said
+    assert ": verified." in " ".join(said.split())
     run = read_telemetry(tmp_path / "out" / "telemetry")
     assert dict(run["gramian"].sizes) == {
         "gradient_step": 10,
@@ -199,8 +200,9 @@ def test_an_interruption_keeps_what_was_measured(checkpoint, tmp_path, capsys, m
 
 
 def test_a_single_batch_says_that_it_cannot_tell_noise(checkpoint, tmp_path, capsys):
-    assert run_probe(checkpoint, tmp_path / "out", "--batches=1") == 0
+    assert run_probe(checkpoint, tmp_path / "out", "--batches=1", "--precision=0.05") == 0
     said = " ".join(capsys.readouterr().out.split())
+    assert "Precision 0.05 not reached: 6 of 6 cosines undefined" in said
     assert "fewer than two batches" in said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["pairs_defined"] == 0

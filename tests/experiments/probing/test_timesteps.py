@@ -104,8 +104,9 @@ def test_the_whole_way_with_tracking(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     arguments = ["--timesteps=16", "--samples=2", "--sketch-size=512", "--check-exact", f"--tracking-uri={uri}"]
-    assert run_probe(checkpoint, tmp_path / "out", *arguments, tracked=True) == 0
+    assert run_probe(checkpoint, tmp_path / "out", *arguments, "--precision=1e-6", tracked=True) == 0
     said = capsys.readouterr().out
+    assert "Precision 1e-06 not reached" in said
     assert "Sketched against exact gradients" in said
     assert "8 batches of 32 samples, as asked" in said  # 8 passes over 16 timesteps, 16 in a batch
     found = xr.load_dataset(tmp_path / "out" / "affinity.nc")

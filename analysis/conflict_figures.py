@@ -243,7 +243,7 @@ def noise_figure(runs: Runs) -> ReportFigure | None:
         ax=axes[0][1],
     )
     axes[0][1].set_ylabel("")
-    axes[0][1].legend([axes[0][1].patches[0]], ["training batch"], loc="lower left", fontsize=8, frameon=False)
+    axes[0][1].legend([axes[0][1].patches[0]], ["training batch"], loc="upper center", fontsize=8, frameon=False)
     return ReportFigure(
         "noise_scale",
         "How many samples does an interval need?",
@@ -251,8 +251,8 @@ def noise_figure(runs: Runs) -> ReportFigure | None:
         "equals its signal. Left: for each interval, in samples of that interval, with the samples it has in a "
         "training batch as a line; above the line its gradient is mostly noise. Right: for the whole batch. A batch "
         "of that size is what the rule suggests: much smaller ones waste few samples but take many steps, much larger"
-        " ones the reverse. Bars are 95 % intervals over the probes of these runs; a cross is too noisy to be "
-        "measured.",
+        " ones the reverse. Bars are 95 % intervals over the probes of these runs; one that reaches the foot "
+        "includes zero or nearly so; a cross is too noisy to be measured.",
         figure,
     )
 

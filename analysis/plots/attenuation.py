@@ -68,7 +68,7 @@ def plot_raw_vs_corrected(
         label=f"{defined.sum()} pairs, 95 %",
     )
     edge = high + _MARGIN * (high - low)
-    _draw_margin(raw[~defined], len(true), (high, edge), low, colour, ax)
+    _draw_margin(raw[~defined], len(true), (high, edge), colour, ax)
     ax.set(xlim=(low, edge), ylim=(low, high), title=title, xlabel="noise-corrected cosine", ylabel="raw cosine")
     ax.set_aspect("equal")
     ax.set_xticks([tick for tick in ax.get_xticks() if low <= tick <= high])
@@ -77,23 +77,13 @@ def plot_raw_vs_corrected(
     return ax
 
 
-def _draw_margin(
-    raw: npt.NDArray[np.float64], pairs: int, margin: tuple[float, float], bottom: float, colour: str, ax: Axes
-) -> None:
-    """Hatches the margin for the pairs without a corrected cosine, and writes how many they are."""
+def _draw_margin(raw: npt.NDArray[np.float64], pairs: int, margin: tuple[float, float], colour: str, ax: Axes) -> None:
+    """Hatches the margin for the pairs without a corrected cosine, and writes beside it how many they are."""
     low, high = margin
-    middle = (low + high) / 2
     ax.axvspan(low, high, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0, zorder=0)
     if raw.size:
-        at = np.full(raw.size, middle)
+        at = np.full(raw.size, (low + high) / 2)
         ax.scatter(at, raw, marker="D", s=16, facecolor="white", edgecolor=colour, zorder=3)
-    ax.text(
-        middle,
-        bottom + 0.04 * (low - bottom),
-        f"undefined: {raw.size} of {pairs}",
-        fontsize=7,
-        rotation=90,
-        ha="center",
-        va="bottom",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-    )
+    # Beside the margin, not in it: a pair may stand at any height.
+    text = f"undefined: {raw.size} of {pairs}"
+    ax.text(1.01, 0.0, text, transform=ax.transAxes, fontsize=7, rotation=90, ha="left", va="bottom")

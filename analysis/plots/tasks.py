@@ -12,6 +12,11 @@ from analysis.methods import method_name, ordered
 from analysis.plots.style import axes_or_new, draw_legend, label_intervals, method_colour
 
 _DODGE = 0.13
+_DEEPEST = 30.0
+"""A logarithmic axis follows bars down to this fraction of the smallest value."""
+_LEGEND_COLUMNS = 2
+_LEGEND_ROW = 0.075
+"""Height of a row of the legend, as a share of an axis of four inches."""
 
 
 def plot_task_values(
@@ -48,10 +53,8 @@ def plot_task_values(
                 at, raw.sel({"method": method}), "o:", color=colour, markerfacecolor="white", markersize=4, label=label
             )
     label_intervals(ax, values, "x")
+    ax.set_xlim(*_sides(values.sizes["task"]))
     _finish(ax, ylabel, title)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.3 * (high - low))  # room for a legend of up to three rows
-    draw_legend(ax, "upper center", 2)
     return ax
 
 
@@ -76,11 +79,10 @@ def plot_noise_scale(
         label_intervals(ax, scales, "x")
     else:
         ax.set_xticks([0], ["whole batch"])
-        ax.set_xlim(-0.7, 0.7)
-    _finish(ax, "noise scale (samples)", title)
-    low, high = _log_limits(scales, samples)
+    ax.set_xlim(*_sides(samples.size))
     ax.set_yscale("log")
-    ax.set_ylim(low, high)
+    ax.set_ylim(*_log_limits(scales, samples))
+    _finish(ax, "noise scale (samples)", title)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -92,11 +94,11 @@ def _draw_methods(values: xr.Dataset, ax: Axes) -> None:
         own = values.sel({"method": method})
         value, error = own["value"].values, np.nan_to_num(own["half_width"].values)
         colour = method_colour(method)
+        missing = ~np.isfinite(value)
         ax.errorbar(
             at, value, yerr=error, fmt="o-", color=colour, markersize=4, linewidth=1.2, elinewidth=0.9,
-            label=method_name(method),
+            label="_" if missing.all() else method_name(method),
         )  # fmt: skip
-        missing = ~np.isfinite(value)
         if missing.any():
             label = f"{method_name(method)}: undefined in {missing.sum()} of {len(value)}"
             bottom = np.full(missing.sum(), 0.02)
@@ -113,17 +115,32 @@ def _places(values: xr.DataArray) -> list[tuple[str, np.ndarray]]:
     return [(method, np.arange(values.sizes["task"]) + by) for method, by in zip(methods, shift, strict=True)]
 
 
+def _sides(tasks: int) -> tuple[float, float]:
+    """Limits that leave the first and the last markers, and half a step of a line, off the edge."""
+    return -0.7, tasks - 0.3
+
+
 def _log_limits(scales: xr.Dataset, samples: xr.DataArray) -> tuple[float, float]:
-    """Room for all values and lines, and for the upper ends of the bars: lower ends may reach zero."""
-    tops = (scales["value"] + scales["half_width"]).values.ravel()
-    shown = np.concatenate([scales["value"].values.ravel(), samples.values.ravel()])
+    """Room for all values, lines and bars; bars whose lower end is zero or close to it run to the foot."""
+    value, error = scales["value"].values, np.nan_to_num(scales["half_width"].values)
+    shown = np.concatenate([value.ravel(), samples.values.ravel()])
     shown = shown[shown > 0]
-    return float(shown.min()) / 3, float(max(shown.max(), np.nan_to_num(tops).max())) * 1.5
+    feet = (value - error)[value - error > shown.min() / _DEEPEST]
+    # Crosses stand at the foot, hence the distance.
+    low = min(float(shown.min()) / 3, float(feet.min(initial=np.inf)) / 1.5)
+    return low, float(max(shown.max(), np.nan_to_num(value + error).max())) * 1.2
 
 
 def _finish(ax: Axes, ylabel: str, title: str) -> None:
+    """Names the axes, and draws the legend into room of its own above everything else."""
     ax.set(ylabel=ylabel, title=title)
     ax.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     ax.set_axisbelow(True)
-    draw_legend(ax)
+    rows = -(-len(ax.get_legend_handles_labels()[1]) // _LEGEND_COLUMNS)
+    taken = min(0.05 + _LEGEND_ROW * rows, 0.6)
+    to_axis = ax.yaxis.get_transform()
+    low, high = to_axis.transform(np.array(ax.get_ylim()))
+    top = to_axis.inverted().transform(np.array([low + (high - low) / (1 - taken)]))
+    ax.set_ylim(top=float(top[0]))
+    draw_legend(ax, "upper center", _LEGEND_COLUMNS)
     sns.despine(ax=ax)

@@ -94,3 +94,9 @@ def test_blocks_figure_shows_rates_and_their_null(runs):
     assert band.get_height() / 4 == pytest.approx(0.5 / np.sqrt(28) / np.sqrt(probes))
     rest = update.rest_cosine(*pools[0], weights=update.loss_weights(runs[0]))["cosine"]
     np.testing.assert_allclose(axes[1].images[0].get_array().filled(np.nan), rest.transpose("block", "task"))
+
+
+def test_runs_of_different_blocks_have_no_figure_by_block(runs):
+    smaller = runs[0].isel(layer=[0, 1, 2, 4])
+    assert blocks_figure([smaller, *runs[1:]]) is None
+    assert update_figure([smaller, *runs[1:]]) is not None

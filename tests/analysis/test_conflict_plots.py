@@ -153,3 +153,20 @@ def test_block_cosines_are_centred_and_hatched_where_undefined(ax):
     assert [patch.get_xy() for patch in ax.patches if patch.get_hatch()] == [(1.5, -0.5)]
     assert len(ax.texts) == 7
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["in", "out"]
+
+
+def test_nothing_lies_on_the_edge_or_under_the_legend(ax):
+    scales = of_methods([[1, 10, 100, 1000], [np.nan] * 4])
+    scales["half_width"] = 0.9 * abs(scales["value"])
+    plot_noise_scale(scales, xr.DataArray([4.0, 8.0, 12.0, 16.0], dims="task"), samples_label="batch", ax=ax)
+    low, high = ax.get_ylim()
+    left, right = ax.get_xlim()
+    assert left < -0.6
+    assert right > 3.6
+    assert low < 0.1  # the lower end of the first bar
+    ax.figure.draw_without_rendering()
+    _, foot = ax.transData.inverted().transform(ax.get_legend().get_window_extent().p0)
+    assert 1900 < foot < high
+    # A method without a single value says so, and has no line to look for.
+    assert labels(ax).count(METHOD_NAMES[METHODS[1]]) == 0
+    assert f"{METHOD_NAMES[METHODS[1]]}: undefined in 4 of 4" in labels(ax)

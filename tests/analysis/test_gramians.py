@@ -97,3 +97,28 @@ def test_runs_without_gradient_probes_are_named(runs):
         gramians.pool_runs([runs[0], bare])
     with pytest.raises(UserInputError, match=said):
         affinity.gradient_affinity(bare)
+
+
+def test_blocks_are_in_the_order_of_the_network():
+    """As in diffusers' U-Nets, where the state dict has the middle block last, and containers hold more than blocks."""
+    layers = ("conv_in", "down.0.res.conv1", "down.0.pool", "down.1.res", "up.0.res.conv1", "up.0.pool")
+    layers = (*layers, "mid.res.conv1", "mid.attention", "conv_out")
+    blocks = ["down.0.res", "down.1.res", "mid.res", "up.0.res"]
+    values = np.random.default_rng(0).normal(size=(1, len(layers), 2, 2))
+    found = gramians.gramian_arrays(values, np.ones((1, 2), int), layers=layers, halves=1, bounds=[0, 5, 10])["gramian"]
+    summed = gramians.sum_layers(found, "block", blocks)
+    rows = ["conv_in", "down.0.res", "down.1.res", "down (rest)", "mid.res", "mid (rest)", "up.0.res", "up (rest)"]
+    assert summed["block"].values.tolist() == [*rows, "conv_out"]
+    for row, members in {"down.1.res": [3], "mid (rest)": [7], "up (rest)": [5], "conv_out": [8]}.items():
+        np.testing.assert_allclose(summed.sel(block=row).values.reshape(2, 2), values[0, members].sum(0))
+
+
+def test_runs_with_different_blocks_are_pooled_over_whole_networks_only(runs):
+    smaller = runs[0].isel(layer=[0, 1, 2, 4])
+    assert gramians.same_parts([smaller, runs[1]], "total")
+    assert not gramians.same_parts([smaller, runs[1]], "block")
+    for level in ("block", "layer"):
+        with pytest.raises(UserInputError, match=f"different {level}s"):
+            gramians.pool_runs([smaller, runs[1]], level)
+    pooled, _ = gramians.pool_runs([smaller, runs[1]])
+    np.testing.assert_allclose(pooled[0], smaller["gramian"][0].sum("layer", dtype=float))

@@ -129,3 +129,9 @@ def test_errors_over_runs_need_runs(runs):
         conflict.corrected_cosine(gramian, count, errors="runs")
     two = conflict.plain_cosine(*gramians.pool_runs(runs[:2]), errors="runs")
     assert two.attrs == {"units": 2, "runs": 2, "errors": "runs"}
+
+
+def test_an_error_is_quoted_from_enough_probes_that_differ():
+    for units, error, quoted in ((8, 0.1, True), (7, 0.1, False), (8, 0.0, False)):
+        found = xr.Dataset({"standard_error": xr.DataArray(error)}, attrs={"units": units})
+        assert bool(np.isfinite(jackknife.quotable_error(found))) is quoted

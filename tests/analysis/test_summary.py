@@ -147,3 +147,29 @@ def test_readable_hides_nothing(runs):
     assert readable(summary_frame(broken)).set_index("").loc["Final validation loss", "DTR"] == "diverged"
     one = readable(summary_frame(runs[:1])).set_index("")
     assert "±" not in one.loc["Final validation loss", "Baseline"]
+
+
+def test_no_error_is_given_where_there_are_too_few_probes(runs):
+    few = [run.isel(gradient_step=slice(3)) for run in runs]
+    assert np.isnan(summary_frame(few).loc["dtr", "conflict_rate_error"])
+    said = [sentence for sentence in verdict(few).findings if "Conflict rate" in sentence]
+    assert len(said) == 3
+    assert all("(too few probes for an error)" in sentence and "±" not in sentence for sentence in said)
+    assert "±" not in readable(summary_frame(few)).set_index("").loc["Conflict rate (noise gives 0.5)", "DTR"]
+    # Probes that all agree: an error of zero is none.
+    one = runs[0].isel(gradient_step=[0] * 10).assign_coords(gradient_step=np.arange(10))
+    assert "the same in every probe" in verdict([one]).findings[-1]
+    # One run with too few probes leaves the method without an error, rather than that of the others.
+    assert np.isnan(summary_frame([few[0], *runs[1:]]).loc["baseline", "conflict_rate_error"])
+
+
+def test_comparability_within_one_method(runs):
+    baseline = [run for run in runs if run.attrs["method"] == "baseline"]
+    found = comparability([changed(baseline[0], parameters=3), *baseline[1:]])
+    assert len(found) == 1
+    assert found[0].startswith("Runs of Baseline differ in parameters, not only in their seed")
+    smaller = baseline[0].isel(layer=[0, 1, 2, 4])
+    assert "conflict by block is left out" in comparability([smaller, *baseline[1:]])[0]
+    others = [run for run in runs if run.attrs["method"] == "dtr"]
+    between = comparability([*(changed(run, batch_size=128) for run in baseline), *others])
+    assert between == ["The runs differ in batch_size: a difference between methods may come from that."]

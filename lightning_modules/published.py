@@ -54,7 +54,7 @@ def read_weights_file(path: str | Path) -> dict[str, Any]:
         said = str(error).strip().splitlines()
         raise UserInputError(
             f"cannot read checkpoint {path}: it is damaged, or holds more than weights and plain values "
-            f"({said[0] if said else type(error).__name__})"
+            f"({': '.join([type(error).__name__, *said[:1]])})"
         ) from error
     if not isinstance(contents, dict):
         raise UserInputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")

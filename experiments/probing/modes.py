@@ -254,7 +254,7 @@ def _verified(probe: IntervalProbe, console: Console) -> tuple[float, set[str]]:
     verdict = f"wrong beyond rounding: {', '.join(sorted(wrong))}" if wrong else "verified"
     most = tolerance(probe.subject)
     console.print(
-        f"• Worst of {len(errors)} layers: {worst[0][1]:.1e} ({worst[0][0]}), of which rounding explains {most:g}: "
+        f"• Worst of {len(errors)} layers: {worst[0][1]:.1e} ({worst[0][0]}); rounding explains up to {most:g}: "
         f"{verdict}.",
         markup=False,
         highlight=False,

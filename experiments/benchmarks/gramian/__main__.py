@@ -54,7 +54,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--K", nargs="+", type=int, metavar="K", help="(default: 4 8 16 32; with --quick 2 4)")
     parser.add_argument("--rounds", type=int, default=15, help="at most; slow methods take fewer (default: 15)")
-    parser.add_argument("--minutes", type=float, default=22, help="time to spend on all models together (default: 22)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=22,
+        help="time for the rounds of all models together; checks come on top (default: 22)",
+    )
     parser.add_argument("--repeats", type=int, default=1, help="steps per timing (default: 1)")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: torch's choice)")
     parser.add_argument("--batch", type=int, help="instead of each model's own batch size")

@@ -19,7 +19,6 @@ from experiments.probing.verification import (
     contradicted_layers,
     errors_by_subbatches,
     expected_gradient,
-    trained_parameters,
     wrong_layers,
 )
 from lightning_modules.config import IntervalConfig
@@ -27,6 +26,7 @@ from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
 from lightning_modules.gradients.collectors import Collector
+from lightning_modules.gradients.gramian import trained_parameters
 from lightning_modules.gradients.verification import without_layers
 from lightning_modules.timesteps import TimestepIntervals
 
@@ -106,7 +106,7 @@ class IntervalProbe:
         if expected is not None:
             self.wrong |= contradicted_layers(self.subject, gramian, expected)
         if self.wrong:
-            gramian = without_layers(gramian, self.wrong, trained_parameters(self.subject))
+            gramian = without_layers(gramian, self.wrong, trained_parameters(self.subject.backbone))
         self.layers, self.coverage = gramian.layers, min(self.coverage, gramian.coverage)
         self.uncovered = tuple(dict.fromkeys((*self.uncovered, *gramian.uncovered)))
         self.totals.append(gramian.total().cpu().numpy())

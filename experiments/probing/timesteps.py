@@ -21,9 +21,10 @@ from analysis.timestep_affinity import timestep_affinity
 from experiments.probing.data import Batches
 from experiments.probing.intervals import backward, clear_gradients, noised
 from experiments.probing.subject import Subject
-from experiments.probing.verification import contradicted_layers, expected_gradient, trained_parameters
+from experiments.probing.verification import contradicted_layers, expected_gradient
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
+from lightning_modules.gradients.gramian import trained_parameters
 from lightning_modules.gradients.sketch import CountSketch, Projection, SketchCollector, SketchSums, Unprojected
 from lightning_modules.gradients.verification import without_layers
 from lightning_modules.seeding import seeded_generator
@@ -129,7 +130,7 @@ class TimestepProbe:
         gramian = recorder.result()
         clear_gradients(self.subject)
         wrong = contradicted_layers(self.subject, gramian, expected)
-        return without_layers(gramian, wrong, trained_parameters(self.subject)).coverage
+        return without_layers(gramian, wrong, trained_parameters(self.subject.backbone)).coverage
 
     def _draw(self, number: int, task: Tensor) -> tuple[NoisedBatch, Tensor]:
         x, y, generator = self.batches.images(number)

@@ -10,24 +10,19 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.probing.subject import Subject
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.gradients import Gramian, gramian_by_subbatches
-from lightning_modules.gradients.gramian import layer_of
+from lightning_modules.gradients.gramian import layer_of, trained_parameters
 from lightning_modules.gradients.verification import WeightedGradient, deviations, weighted_gradient
-
-
-def trained_parameters(subject: Subject) -> dict[str, nn.Parameter]:
-    """The parameters whose gradients are measured, by name."""
-    return {name: parameter for name, parameter in subject.backbone.named_parameters() if parameter.requires_grad}
 
 
 def expected_gradient(subject: Subject, batch: NoisedBatch, group: Tensor, num_groups: int) -> WeightedGradient:
     """What the Gramian of a batch is held against, by a forward and a backward pass without the recorder."""
     losses = subject.module.sample_losses(batch, subject.backbone).loss
-    return weighted_gradient(losses, trained_parameters(subject), group, num_groups)
+    return weighted_gradient(losses, trained_parameters(subject.backbone), group, num_groups)
 
 
 def contradicted_layers(subject: Subject, gramian: Gramian, expected: WeightedGradient) -> set[str]:
@@ -55,7 +50,7 @@ def errors_by_subbatches(
         part = NoisedBatch(batch.x0[rows], y, batch.t[rows], batch.noise[rows])
         return subject.module.sample_losses(part, subject.backbone).loss
 
-    slow = gramian_by_subbatches(sample_loss, trained_parameters(subject), group, num_groups)
+    slow = gramian_by_subbatches(sample_loss, trained_parameters(subject.backbone), group, num_groups)
     expected = dict(zip(slow.layers, slow.values, strict=True))
     errors = {}
     for layer, value in zip(gramian.layers, gramian.values, strict=True):
@@ -67,7 +62,7 @@ def errors_by_subbatches(
 
 def tolerance(subject: Subject) -> float:
     """Relative error that rounding explains: 1e-3, and 0.1 of weights in half precision."""
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained_parameters(subject).values())
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained_parameters(subject.backbone).values())
     return 0.1 if half else 1e-3
 
 

@@ -46,6 +46,11 @@ class Gramian:
         return sums
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose gradients are measured, by name: those that require a gradient."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def layer_of(parameter: str) -> str:
     """The module that owns a parameter, by the parameter's name; the parameter itself if that is the model."""
     return parameter.rpartition(".")[0] or parameter

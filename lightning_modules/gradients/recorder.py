@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_modules.gradients.backward import BACKWARD, run_backward
 from lightning_modules.gradients.collectors import Collector, GramianCollector
 from lightning_modules.gradients.coverage import refuse_batch_statistics, uncovered_parameters
-from lightning_modules.gradients.gramian import Gramian, by_layer
+from lightning_modules.gradients.gramian import Gramian, by_layer, trained_parameters
 from lightning_modules.gradients.groups import Groups, mean_factors
 from lightning_modules.gradients.layout import ELEMENTWISE, LOST, Call, keeps_samples, tensors_in
 from lightning_modules.gradients.ledger import Ledger, Operand
@@ -91,7 +91,7 @@ class GramianRecorder(TorchFunctionMode):
             raise ValueError(f"processes must be 'global' or 'local', got {processes!r}")
         if scale is not None and (not isinstance(scale, Tensor) or scale.shape != (num_groups,)):
             raise ValueError(f"scale must be a tensor of one factor for each of {num_groups} groups, got {scale!r}")
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = trained_parameters(model)
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient, so there is nothing to measure")
         self.names = tuple(trained)

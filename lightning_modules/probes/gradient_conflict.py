@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
+from lightning_modules.gradients.gramian import trained_parameters
 from lightning_modules.gradients.verification import WeightedGradient, deviations, weighted_gradient, without_layers
 from lightning_modules.schedule import is_scheduled
 from lightning_modules.tracking.callback import writer_of
@@ -85,7 +86,7 @@ class GradientConflictProbe(pl.Callback):
                 losses = pl_module.step_losses(batch, batch_idx)[1].loss
             self._expected = weighted_gradient(
                 losses,
-                _trained(pl_module),
+                trained_parameters(pl_module.backbone),
                 group,
                 num_groups,
                 loss_scale=_loss_scale(trainer),
@@ -146,7 +147,7 @@ class GradientConflictProbe(pl.Callback):
                 return gramian
             tolerance = 0.1 if "16" in str(trainer.precision) else 1e-3
             self._wrong = {layer for layer, error in deviations(gramian, expected).items() if error > tolerance}
-        return without_layers(gramian, self._wrong, _trained(module)) if self._wrong else gramian
+        return without_layers(gramian, self._wrong, trained_parameters(module.backbone)) if self._wrong else gramian
 
     def _scale(self, trainer: pl.Trainer, module: DenoiserModule) -> Tensor:
         """Factors (G,) that take out what training multiplies the losses by."""
@@ -197,10 +198,6 @@ class GradientConflictProbe(pl.Callback):
             writer.log_image(
                 "conflict_cosine", heatmap_image(cosine, labels, title=f"Gradient cosine, step {step}"), step
             )
-
-
-def _trained(module: DenoiserModule) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.backbone.named_parameters() if parameter.requires_grad}
 
 
 def _loss_scale(trainer: pl.Trainer) -> float:

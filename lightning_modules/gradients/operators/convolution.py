@@ -132,7 +132,7 @@ def _patches(x: Tensor, kernel: Sequence[int], grid: Sequence[int]) -> Tensor:
 
 
 def _plain(recorder: GramianRecorder, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return not (not recorder.carries_samples(x) or recorder.batch_dim(x) or recorder.is_foreign(weight, bias))
+    return recorder.carries_samples(x) and recorder.batch_dim(x) == 0 and not recorder.is_foreign(weight, bias)
 
 
 def _tuple(value: Sizes, dims: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.errors import UserInputError
+from lightning_modules.interrupts import interrupts_held_back
 from lightning_modules.tracking import records
 from lightning_modules.tracking.store import (
     check_store,
@@ -71,7 +72,7 @@ class TrackingLogger(Logger):
         self._experiment_name = experiment
         self.run_name = run_name
         self._tags = {str(key): str(value) for key, value in (tags or {}).items()}
-        self._tags[records.TAG_KIND] = self._tags.get(records.TAG_KIND, "training")
+        self._tags[records.TAG_KIND] = self._tags.get(records.TAG_KIND, records.KIND_TRAINING)
         if comparison is not None:
             self._tags[records.TAG_COMPARISON] = comparison
         if parent_run_id is not None:
@@ -95,7 +96,9 @@ class TrackingLogger(Logger):
         if not _on_rank_zero():
             raise RuntimeError("only rank zero logs: ask writer_of(trainer), which is None elsewhere")
         if self._writer is None:
-            self._writer = self._resumed_writer() if self._resumes else self._new_writer()
+            # Interrupted between the run's creation and here, it would stay RUNNING for good.
+            with interrupts_held_back():
+                self._writer = self._resumed_writer() if self._resumes else self._new_writer()
             if self._params:
                 self._writer.log_params(self._params)
         self._writer.reopen()

@@ -63,7 +63,8 @@ def list_shards(folder: Path) -> dict[str, list[Shard]]:
             if version != records.SCHEMA_VERSION:
                 raise UserInputError(f"{path} has schema version {version}, expected {records.SCHEMA_VERSION}")
             attempt = int(metadata.get(records.META_ATTEMPT, 1))
-            resumed_from[attempt] = int(metadata.get(records.META_RESUMED_FROM, 0))
+            if records.META_RESUMED_FROM in metadata:
+                resumed_from[attempt] = int(metadata[records.META_RESUMED_FROM])
             found.append((table, path, attempt))
     shards: dict[str, list[Shard]] = {table: [] for table in records.TABLES}
     for table, path, attempt in sorted(found, key=lambda item: item[2]):

@@ -244,11 +244,13 @@ def create_comparison(tracking_uri: str, *, experiment: str, comparison: str) ->
     client = mlflow_client(tracking_uri)
     experiment_id = ensure_experiment(client, tracking_uri, experiment)
     # The id is compared here, not in the filter: it may hold quotes.
-    parents = client.search_runs([experiment_id], filter_string=f"tags.`{records.TAG_KIND}` = 'comparison'")
+    parents = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{records.TAG_KIND}` = '{records.KIND_COMPARISON}'"
+    )
     for parent in parents:
         if parent.data.tags.get(records.TAG_COMPARISON) == comparison:
             return parent.info.run_id
-    tags = {records.TAG_KIND: "comparison", records.TAG_COMPARISON: comparison}
+    tags = {records.TAG_KIND: records.KIND_COMPARISON, records.TAG_COMPARISON: comparison}
     return client.create_run(experiment_id, run_name=f"comparison {comparison}", tags=tags).info.run_id
 
 

@@ -25,7 +25,6 @@ from lightning_modules.tracking.writer import RunWriter
 
 FIGURES_DIR = "figures"
 SUMMARY_FILE = "summary.json"
-PROBE_KIND = "probe"
 TAG_CHECKPOINT = "dtr.probe.checkpoint"
 TAG_MEASURED_RUN = "dtr.probe.run_id"
 TAG_MEASURED_STEP = "dtr.probe.step"
@@ -188,7 +187,7 @@ def tracking_logger(args: argparse.Namespace) -> TrackingLogger | None:
     """
     if args.no_tracking:
         return None
-    return TrackingLogger(args.tracking_uri, experiment=args.experiment, tags={records.TAG_KIND: PROBE_KIND})
+    return TrackingLogger(args.tracking_uri, experiment=args.experiment, tags={records.TAG_KIND: records.KIND_PROBE})
 
 
 def settings_of(args: argparse.Namespace, subject: Subject, data: ProbeData) -> dict[str, Any]:

@@ -34,6 +34,12 @@ CONFIG_PATH = "config.yaml"
 TIMESTEP_LOSS = "timestep_loss"
 GRADIENT_GRAMIAN = "gradient_gramian"
 CHANNEL_ACTIVATION = "channel_activation"
+TRAINING_TIME = "training_time"
+TASK_TRANSFER = "task_transfer"
+REPRESENTATION = "representation"
+
+LOOK_AHEAD = "look_ahead"
+FINE_TUNING = "fine_tuning"
 
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 
@@ -76,9 +82,45 @@ TABLES: dict[str, pa.Schema] = {
             ("active_fraction", pa.list_(pa.float32())),  # (C,) share of entries above the activity threshold
         ]
     ),
+    # How long training took: time in training steps, probes included, without validation, sampling and start-up.
+    TRAINING_TIME: pa.schema(
+        [
+            ("step", pa.int64()),
+            ("seconds", pa.float64()),  # since step 0, over all attempts that led to this step
+        ]
+    ),
+    # What training a checkpoint on one task does to the losses of all: a row per source, repeat and number of updates.
+    TASK_TRANSFER: pa.schema(
+        [
+            ("step", pa.int64()),  # of the checkpoint
+            ("measure", _TEXT),  # LOOK_AHEAD (one update) or FINE_TUNING (many)
+            ("optimizer", _TEXT),  # "sgd" or "adamw"
+            ("learning_rate", pa.float64()),
+            ("repeat", pa.int32()),  # independent draw of the samples trained on
+            ("updates", pa.int32()),  # made so far
+            ("source", pa.int32()),  # the task trained on
+            ("count", pa.list_(pa.int32())),  # (K,) samples of each task that the losses are of
+            ("before", pa.list_(pa.float64())),  # (K,) sum of their losses before the updates
+            ("change", pa.list_(pa.float64())),  # (K,) sum over the same samples of loss after - loss before
+            ("change_sq", pa.list_(pa.float64())),  # (K,) sum of the squares of these differences
+            ("predicted", pa.list_(pa.float64())),  # (K,) first-order prediction of the *mean* change; NaN if unknown
+        ]
+    ),
+    # Unbiased HSIC between what a block puts out at two timesteps, for the same images: linear CKA is a ratio of them.
+    REPRESENTATION: pa.schema(
+        [
+            ("step", pa.int64()),  # of the checkpoint
+            ("block", _TEXT),
+            ("batch", pa.int32()),  # of images; estimates of disjoint batches add up
+            ("count", pa.int32()),  # images in it
+            ("timesteps", pa.list_(pa.int32())),  # (M,) probed timesteps, increasing
+            ("hsic", pa.list_(pa.float64())),  # (M * M,) row major
+        ]
+    ),
 }
 
-# Keys of the Parquet metadata that every shard carries (values are decimal strings).
+# Keys of the Parquet metadata of shards (values are decimal strings). What is measured of a checkpoint after the
+# training carries the attempt that wrote the checkpoint, and leaves META_RESUMED_FROM to that attempt's own shards.
 META_ATTEMPT = b"dtr.attempt"
 """1 for the first start of a run, counted up by each resume."""
 META_RESUMED_FROM = b"dtr.resumed_from"
@@ -96,8 +138,14 @@ TAG_DATASET = "dtr.dataset"
 TAG_PARAMETERS = "dtr.parameters"
 TAG_GIT_COMMIT = "dtr.git_commit"
 TAG_KIND = "dtr.kind"
-"""``training`` for a trained model, ``probe`` for a measurement of a checkpoint, ``comparison`` for the parent run that
-holds a report."""
+KIND_TRAINING = "training"
+"""A trained model."""
+KIND_SPECIALIST = "specialist"
+"""A model trained on a single task, to measure negative transfer."""
+KIND_PROBE = "probe"
+"""A measurement of a checkpoint."""
+KIND_COMPARISON = "comparison"
+"""The parent run that holds a report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +166,10 @@ class RunManifest:
         routing: The mask parameters (``alpha``, ``beta``, ``variant``, ``seed``, ``per_block``), or None if plain.
         parameters: Number of trainable parameters.
         dataset: Name of the data set.
+        learning_rate: Peak learning rate, or None if unknown (runs of earlier versions, published files).
+        flops_per_sample: Floating-point operations (two per multiply-add) of one sample's forward and backward pass
+            through matrix products, convolutions and attention; None if unknown.
+        trained_task: The only task that was trained, for a specialist; None if all were.
     """
 
     method: str
@@ -134,6 +186,9 @@ class RunManifest:
     parameters: int
     dataset: str
     schema_version: int = SCHEMA_VERSION
+    learning_rate: float | None = None
+    flops_per_sample: float | None = None
+    trained_task: int | None = None
 
     def to_json(self) -> str:
         """The manifest as a JSON object."""

@@ -61,13 +61,17 @@ def _array(value: Column, kind: pa.DataType, rows: int) -> pa.Array:
     return pa.array(value, type=kind, from_pandas=False)
 
 
-def shard_bytes(table: str, batches: Sequence[pa.RecordBatch], attempt: int, resumed_from: int) -> bytes:
-    """A Parquet file of the batches, with the metadata that `records` asks of every shard."""
+def shard_bytes(table: str, batches: Sequence[pa.RecordBatch], attempt: int, resumed_from: int | None) -> bytes:
+    """A Parquet file of the batches, with the metadata that `records` asks of every shard.
+
+    ``resumed_from`` is None where the attempt's own shards say it: in what is measured of a checkpoint later.
+    """
     metadata = {
         records.META_ATTEMPT: str(attempt),
-        records.META_RESUMED_FROM: str(resumed_from),
         records.META_SCHEMA_VERSION: str(records.SCHEMA_VERSION),
     }
+    if resumed_from is not None:
+        metadata[records.META_RESUMED_FROM] = str(resumed_from)
     return _parquet(pa.Table.from_batches(batches, schema=records.TABLES[table].with_metadata(metadata)))
 
 

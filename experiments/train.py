@@ -34,6 +34,7 @@ from lightning_modules.sample_grid import SampleGrid
 from lightning_modules.tracking.callback import RunTracking, tracking_state_in
 from lightning_modules.tracking.logger import TrackingLogger
 from lightning_modules.tracking.store import redacted
+from lightning_modules.training_clock import TrainingClock
 
 __all__ = ["BaselineModule", "DTRModule", "DigitsData", "ImageFolderData", "main"]  # short class_path names in YAML
 
@@ -79,7 +80,7 @@ class TrainCLI(LightningCLI):
             config = config.replace(uri, redacted(uri))  # it becomes an artifact; a password must not
         trainer_config = self._get(self.config_init, "trainer")
         tracking = RunTracking(every_n_steps=trainer_config["log_every_n_steps"], config=config)
-        extra = [RunRecord(self.datamodule), tracking]
+        extra = [RunRecord(self.datamodule), tracking, TrainingClock()]
         callbacks = trainer_config.get("callbacks") or []
         return super().instantiate_trainer(
             logger=self._get(self.config_init, "tracking"), callbacks=[*callbacks, *extra], **kwargs

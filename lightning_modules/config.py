@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_modules.errors import UserInputError
@@ -22,12 +23,16 @@ class IntervalConfig:
         bounds: Explicit bounds, K + 1 integers from 0 to T.
         sampling: ``"stratified"`` gives every task the same number of samples in each batch, ordered by task, and
             weights the loss so that it still estimates the average over uniform t; ``"uniform"`` draws t at random.
+        only: Train this task alone: every training timestep comes from its interval, drawn uniformly, whatever
+            ``sampling`` says. Such a specialist is what a shared model is held against to find negative transfer
+            (``dtr-lab specialists`` trains one for each task). Validation covers all intervals.
     """
 
     num_intervals: int = 8
     spacing: Literal["uniform", "log_snr"] = "uniform"
     bounds: list[int] | None = None
     sampling: Literal["stratified", "uniform"] = "stratified"
+    only: int | None = None
 
     def __post_init__(self) -> None:
         if self.spacing not in ("uniform", "log_snr"):
@@ -36,7 +41,33 @@ class IntervalConfig:
             raise UserInputError(f"intervals.sampling must be 'stratified' or 'uniform', got {self.sampling!r}")
 
     def build(self, log_snr: Sequence[float] | Tensor) -> TimestepIntervals:
-        """The intervals over the timesteps whose log-SNR is given, length T."""
+        """The intervals over the timesteps whose log-SNR is given, length T.
+
+        Raises:
+            UserInputError: If there cannot be such intervals, or there is none of the number ``only``.
+        """
+        intervals = self._build(log_snr)
+        if self.only is not None and not 0 <= self.only < intervals.num_intervals:
+            raise UserInputError(
+                f"intervals.only must name one of {intervals.num_intervals} intervals, 0 to "
+                f"{intervals.num_intervals - 1}, got {self.only}"
+            )
+        return intervals
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether samples are weighted by `TimestepIntervals.importance` in the training loss."""
+        return self.sampling == "stratified" and self.only is None
+
+    def sample(self, intervals: TimestepIntervals, count: int, generator: torch.Generator) -> Tensor:
+        """Training timesteps (B,) from the intervals that `build` gave."""
+        if self.only is not None:
+            return intervals.sample_within(self.only, count, generator)
+        if self.sampling == "stratified":
+            return intervals.sample_stratified(count, generator)
+        return intervals.sample_uniform(count, generator)
+
+    def _build(self, log_snr: Sequence[float] | Tensor) -> TimestepIntervals:
         if self.bounds is not None:
             intervals = TimestepIntervals.explicit(self.bounds)
             if intervals.num_timesteps != len(log_snr):

@@ -121,17 +121,13 @@ class DenoiserModule(pl.LightningModule):
 
     def draw_timesteps(self, count: int, batch_idx: int) -> Tensor:
         """The timesteps (B,) that `draw` gives a training batch of ``count`` images, without drawing the rest."""
-        return self._sample_timesteps(count, self.generator(TRAIN_STREAM, batch_idx))
-
-    def _sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        stratified = self.interval_config.sampling == "stratified"
-        return (self.intervals.sample_stratified if stratified else self.intervals.sample_uniform)(count, generator)
+        return self.interval_config.sample(self.intervals, count, self.generator(TRAIN_STREAM, batch_idx))
 
     def draw(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> NoisedBatch:
         """The random part of training batch ``batch_idx``: the same whenever it is asked for."""
         images, labels = batch
         generator = self.generator(TRAIN_STREAM, batch_idx)
-        t = self._sample_timesteps(len(images), generator)
+        t = self.interval_config.sample(self.intervals, len(images), generator)
         noise = torch.randn(images.shape, generator=generator, device=self.device, dtype=images.dtype)
         conditional = self.backbone.config.num_classes > 0
         y = self.backbone.drop_labels(labels, generator) if conditional else None
@@ -159,7 +155,7 @@ class DenoiserModule(pl.LightningModule):
         """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
         drawn, losses = self.step_losses(batch, batch_idx)
         weighted = losses.loss
-        if self.interval_config.sampling == "stratified":
+        if self.interval_config.is_weighted:
             weighted = weighted * self.intervals.importance(drawn.t)
         loss = weighted.mean()
         self._log_recent(loss.detach(), batch_idx)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
 
+from lightning_modules.backbones.cost import flops_per_sample
 from lightning_modules.data.images import ImageData
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe
 from lightning_modules.tracking import records
 from lightning_modules.tracking.callback import writer_of
+
+if TYPE_CHECKING:
+    from lightning_modules.backbones.dit import DiTConfig
+    from lightning_modules.backbones.unet_config import UNetConfig
 
 RESUME_KEY = "dtr_resume"
 """Where a checkpoint keeps `resume_settings`."""
@@ -65,7 +70,7 @@ class RunRecord(pl.Callback):
         )
         writer.set_tags(
             {
-                records.TAG_KIND: "training",
+                records.TAG_KIND: records.KIND_TRAINING if manifest.trained_task is None else records.KIND_SPECIALIST,
                 records.TAG_METHOD: manifest.method,
                 records.TAG_SEED: str(manifest.seed),
                 records.TAG_DATASET: manifest.dataset,
@@ -96,6 +101,9 @@ def run_manifest(module: DenoiserModule, data: ImageData, trainer: pl.Trainer) -
         routing=None if routing is None else dict(routing),
         parameters=sum(p.numel() for p in backbone.parameters() if p.requires_grad),
         dataset=data.name,
+        learning_rate=module.optimization.learning_rate,
+        flops_per_sample=flops_per_sample(cast("DiTConfig | UNetConfig", backbone.config)),
+        trained_task=module.interval_config.only,
     )
 
 

@@ -103,6 +103,11 @@ class TimestepIntervals:
         """Timesteps drawn uniformly from 0 .. T - 1, shape (B,), int64, on the generator's device."""
         return torch.randint(self.num_timesteps, (batch,), generator=generator, device=_device(generator))
 
+    def sample_within(self, task: int, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Timesteps drawn uniformly from one task's interval, shape (B,), int64, on the generator's device."""
+        low, high = self.bounds[task], self.bounds[task + 1]
+        return torch.randint(low, high, (batch,), generator=generator, device=_device(generator))
+
     def sample_stratified(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Equal counts per task, ordered by task; uniform within each interval. Shape (B,), int64.
 

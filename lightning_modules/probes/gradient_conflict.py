@@ -153,7 +153,7 @@ class GradientConflictProbe(pl.Callback):
         """Factors (G,) that take out what training multiplies the losses by."""
         factor = trainer.accumulate_grad_batches / _loss_scale(trainer)
         scale = torch.full((module.intervals.num_intervals,), factor, dtype=torch.float64)
-        if module.interval_config.sampling == "stratified":
+        if module.interval_config.is_weighted:
             lowest = torch.tensor(module.intervals.bounds[:-1])
             scale /= module.intervals.importance(lowest).double()
         return scale.repeat_interleave(self.halves).to(module.device)

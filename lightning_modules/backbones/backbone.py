@@ -63,6 +63,13 @@ class BranchObserver(Protocol):
         """Block by module path, ``"input"`` or ``"update"``, and values (B, N, C): N tokens or pixels, detached."""
 
 
+class StreamObserver(Protocol):
+    """Is shown the residual stream behind each block."""
+
+    def __call__(self, block: str, values: Tensor, /) -> None:
+        """Block by module path, and values (B, N, C): N tokens or pixels with all their channels, detached."""
+
+
 class Backbone(nn.Module, abc.ABC):
     """A denoising network: noised data (B, C, H, W), timesteps (B,), labels (B,) -> (B, C or 2C, H, W).
 
@@ -82,6 +89,13 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def observe_branches(self, observer: BranchObserver) -> list[RemovableHandle]:
         """Shows every forward pass's residual branches to ``observer``, until the handles are removed."""
+
+    @abc.abstractmethod
+    def observe_streams(self, observer: StreamObserver) -> list[RemovableHandle]:
+        """Shows every forward pass's residual stream behind each block to ``observer``, until the handles are removed.
+
+        That is z^{l+1}, what the next block reads before any mask.
+        """
 
     @property
     def null_class(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_modules.backbones.backbone import Backbone, BranchObserver
+from lightning_modules.backbones.backbone import Backbone, BranchObserver, StreamObserver
 from lightning_modules.backbones.dit_layers import (
     DiTBlock,
     FinalLayer,
@@ -94,6 +94,23 @@ class DiT(Backbone):
             block.register_forward_hook(listener(name))
             for name, block in zip(self.block_channels, self.blocks, strict=True)
         ]
+
+    def observe_streams(self, observer: StreamObserver) -> list[RemovableHandle]:
+        """Shows the stream behind each block: the embedded patches and what all blocks so far have added.
+
+        A routed block itself sees the masked stream only.
+        """
+        stream: list[Tensor] = []
+
+        def begin(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+            stream[:] = [(output + self.pos_embed).detach().float()]
+
+        def add(block: str, site: str, values: Tensor) -> None:
+            if site == "update":
+                stream[0] = stream[0] + values
+                observer(block, stream[0])
+
+        return [self.x_embedder.register_forward_hook(begin), *self.observe_branches(add)]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts the diffusion's target, and the variance values if ``learn_sigma``.

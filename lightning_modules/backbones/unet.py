@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_modules.backbones.backbone import Backbone, BranchObserver
+from lightning_modules.backbones.backbone import Backbone, BranchObserver, StreamObserver
 from lightning_modules.backbones.unet_config import UNET_PRESETS, UNetConfig, unet_config
 
 __all__ = ["UNET_PRESETS", "ResidualBlock", "UNet", "UNetConfig", "unet_config"]
@@ -137,6 +137,17 @@ class UNet(Backbone):
             handles.append(block.norm1.register_forward_pre_hook(_input_listener(observer, name)))
             handles.append(block.conv2.register_forward_hook(_update_listener(observer, name)))
         return handles
+
+    def observe_streams(self, observer: StreamObserver) -> list[RemovableHandle]:
+        """Shows what each residual block puts out, skip and branch together, before attention."""
+
+        def listener(name: str) -> Any:
+            def listen(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+                observer(name, _pixels(output))
+
+            return listen
+
+        return [block.register_forward_hook(listener(name)) for name, block in self._residual_blocks().items()]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts the diffusion's target, and the variance values if ``learn_sigma``.

@@ -20,6 +20,7 @@ import pyarrow as pa
 import xarray as xr
 
 from analysis.gramians import STEP, gramian_arrays, task_coordinates
+from analysis.measurements import read_representation, read_transfer
 from analysis.shards import Shard, codes, list_shards, read_manifest, stack_lists
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
@@ -57,6 +58,8 @@ def read_telemetry(folder: Path) -> xr.Dataset:
           (activation_step, block, site, task, channel) and ``activation_count`` (without channel). Blocks with fewer
           channels than the widest are filled with NaN.
         - ``mask`` (block, timestep, channel) of a routed run.
+        - ``training_seconds`` (clock_step): time in training steps since step 0.
+        - what `dtr-lab affinity` measured: see `measurements`.
 
         Coordinates: ``interval`` (label), ``t_low``, ``t_high`` (inclusive) and ``log_snr`` (at the interval's median
         timestep) on ``task``, the same with the prefix ``other_`` on ``other_task``, and ``timestep_log_snr``.
@@ -73,6 +76,9 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         _read_gramians(shards[records.GRADIENT_GRAMIAN], manifest),
         _read_activations(shards[records.CHANNEL_ACTIVATION], manifest),
         _read_masks(folder / Path(records.MASKS_PATH).name, manifest),
+        _read_training_time(shards[records.TRAINING_TIME]),
+        read_transfer(shards[records.TASK_TRANSFER], manifest),
+        read_representation(shards[records.REPRESENTATION], manifest),
     ]
     run = xr.merge([part for part in parts if part is not None], join="exact", compat="no_conflicts")
     run.attrs["manifest"] = manifest.to_json()
@@ -236,6 +242,15 @@ def _read_activations(shards: Sequence[Shard], manifest: RunManifest) -> xr.Data
     variables = {f"activation_{name}": ((*dims, "channel"), values) for name, values in moments.items()}
     coords = {"activation_step": steps, "block": blocks, "site": list(SITES), "channel": np.arange(widest)}
     return xr.Dataset({**variables, "activation_count": (dims, count)}, coords=coords)
+
+
+def _read_training_time(shards: Sequence[Shard]) -> xr.Dataset | None:
+    tables = [table for shard in shards if (table := shard.read()).num_rows]
+    if not tables:
+        return None
+    steps, seconds = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("step", "seconds"))
+    order = np.argsort(steps, kind="stable")
+    return xr.Dataset({"training_seconds": ("clock_step", seconds[order])}, coords={"clock_step": steps[order]})
 
 
 def _read_masks(path: Path, manifest: RunManifest) -> xr.Dataset | None:

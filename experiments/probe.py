@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from experiments.probing.timesteps import choose_timesteps, projection_of
 
     _check(args)
-    device, logger, console = _device(args.device), tracking_logger(args), Console()
+    device, logger, console = chosen_device(args.device), tracking_logger(args), Console()
     subject = load_subject(args, device)
     measure: Callable[[Setup], int]
     if args.timesteps is None:
@@ -172,7 +172,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserInputError("--verify checks intervals; with --timesteps use --check-exact")
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
+    """The device of an option ``--device``: CUDA if there is one and none is named.
+
+    Raises:
+        UserInputError: If there is no such device.
+    """
     import torch
 
     if name is None:

@@ -36,11 +36,13 @@ class ProbeData:
         name: What to call them.
         dataset: Yields (x (C, H, W), label); labels are missing if ``labelled`` is False.
         labelled: Whether labels mean anything.
+        held_out: Images that training never saw, where the source keeps some back.
     """
 
     name: str
     dataset: Dataset
     labelled: bool = True
+    held_out: Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -70,7 +72,7 @@ def find_data(args: argparse.Namespace, subject: Subject) -> ProbeData:
         folder = ImageFolderData(str(args.data_path), config.input_size, config.in_channels, holdout=1)
         data = ProbeData(folder.name, ConcatDataset(folder.load()))
     elif args.data == "digits" or subject.dataset == DigitsData.name:
-        data = ProbeData(DigitsData.name, DigitsData().load()[0])
+        data = _of_source(DigitsData())
     else:
         data = _recorded(args, subject)
     _check_fit(data, subject, args.batch_size)
@@ -89,8 +91,12 @@ def _recorded(args: argparse.Namespace, subject: Subject) -> ProbeData:
             f"{subject.path} was trained on {subject.dataset!r}, and where that lies cannot be read from its run "
             f"{subject.run_id}: {cure}, or the MLflow store of that run with --tracking-uri"
         )
-    images = source(**data.get("init_args", {}))
-    return ProbeData(images.name, images.load()[0])
+    return _of_source(source(**data.get("init_args", {})))
+
+
+def _of_source(images: ImageData) -> ProbeData:
+    trained, held_out = images.load()
+    return ProbeData(images.name, trained, held_out=held_out)
 
 
 def _recorded_settings(tracking_uri: str | None, run_id: str) -> Mapping[str, Any]:
@@ -190,7 +196,7 @@ class Batches:
         shuffle = int(seeded_generator(seed, _DATA_STREAM).initial_seed())
         self._sampler = StepBatchSampler(len(data), batch_size, shuffle)
 
-    def images(self, number: int) -> tuple[Tensor, Tensor | None, torch.Generator]:
+    def images(self, number: int, *, drop_labels: bool = True) -> tuple[Tensor, Tensor | None, torch.Generator]:
         """Images (B, C, H, W), labels (B,) of which some are dropped as in training, and the generator of the rest."""
         generator = seeded_generator(self.seed, _DRAW_STREAM, number)
         x, labels = self.data.fetch(self._sampler.batch(number - 1))
@@ -199,4 +205,4 @@ class Batches:
             return x, None, generator
         if not self.data.labelled:
             return x, torch.full_like(labels, backbone.null_class), generator
-        return x, backbone.drop_labels(labels, generator), generator
+        return x, backbone.drop_labels(labels, generator) if drop_labels else labels, generator

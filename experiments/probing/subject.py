@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ class Subject:
         run_id: The MLflow run that wrote it, if known.
         step: Optimizer steps it was trained for, if known.
         dataset: Name of the data set it was trained on, if known.
+        attempt: The attempt of that run which wrote it.
+        optimizer_state: Of the trained weights, if the checkpoint has it.
     """
 
     module: DenoiserModule
@@ -39,6 +42,8 @@ class Subject:
     run_id: str | None = None
     step: int | None = None
     dataset: str | None = None
+    attempt: int = 1
+    optimizer_state: dict[str, Any] | None = None
 
 
 def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
@@ -66,6 +71,8 @@ def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
             run_id=contents.get(CHECKPOINT_KEY, {}).get("run_id"),
             step=contents.get("global_step"),
             dataset=contents.get(RESUME_KEY, {}).get("data"),
+            attempt=contents.get(CHECKPOINT_KEY, {}).get("attempt", 1),
+            optimizer_state=next(iter(contents.get("optimizer_states", [])), None),
         )
     if args.loss_weight is not None:
         module.loss_weight = LossWeightConfig(name=args.loss_weight)

@@ -18,9 +18,21 @@ log = logging.getLogger(__name__)
 _OWNER_FILE = "run.json"
 
 
-def remember_owner(spool: Spool, run_id: str, tracking_uri: str) -> None:
-    """Notes beside the items where they belong, for `sync`; never a password."""
-    owner = {"run_id": run_id, "tracking_uri": tracking_uri if redacted(tracking_uri) == tracking_uri else None}
+def remember_owner(spool: Spool, run_id: str, tracking_uri: str, *, writes_run: bool = True) -> None:
+    """Notes beside the items where they belong, for `sync`; never a password.
+
+    Args:
+        spool: The items.
+        run_id: Their run.
+        tracking_uri: Its store.
+        writes_run: Whether the items come from the run itself. What is measured of it later says nothing about
+            whether the run has ended.
+    """
+    owner = {
+        "run_id": run_id,
+        "tracking_uri": tracking_uri if redacted(tracking_uri) == tracking_uri else None,
+        "writes_run": writes_run,
+    }
     write_durably(spool.directory / _OWNER_FILE, json.dumps(owner).encode())
 
 
@@ -72,7 +84,7 @@ def _sync_one(directory: Path, tracking_uri: str | None) -> int:
         client = mlflow_client(uri)
         client.get_run(run_id)  # in the wrong store every item would be refused
         count = Publisher(client, run_id, spool).publish_pending()
-        if client.get_run(run_id).info.status == "RUNNING":
+        if owner.get("writes_run", True) and client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, "KILLED")
         return count
     except MlflowException as error:

@@ -1,0 +1,1 @@
+"""What `dtr-lab affinity` is made of."""

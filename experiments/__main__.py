@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("experiments.compare", "compare runs: tables, figures, one HTML page, logged to MLflow"),
     "probe": Command("experiments.probe", "measure gradient conflict of a checkpoint, as precisely as one likes"),
     "affinity": Command("experiments.affinity", "measure at checkpoints what training on one interval does to others"),
+    "specialists": Command("experiments.specialists", "train one model per interval, to measure negative transfer"),
     "sample": Command("experiments.sample", "draw images from a checkpoint"),
     "sync": Command("experiments.sync", "hand to MLflow what a run left on the local disk"),
     "ui": Command("experiments.ui", "open MLflow's user interface on the runs"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning_modules.errors import UserInputError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from experiments.probing.subject import Subject
     from lightning_modules.timesteps import TimestepIntervals
 
+T = TypeVar("T")
 _MEASURES = ("look_ahead", "fine_tuning", "representation")
 
 
@@ -44,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db here)")
     output.add_argument("--experiment", default="affinity", help="of published files (default: %(default)s)")
     output.add_argument("--no-tracking", action="store_true", help="write the files only, log nothing to MLflow")
+    output.add_argument(
+        "--progress", choices=["bar", "lines"], default="bar", help="lines: JSON, for programs (default: %(default)s)"
+    )
 
 
 def _add_transfer(group: argparse._ArgumentGroup) -> None:
@@ -152,8 +157,6 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _measure(checkpoint: Path, args: argparse.Namespace, device: torch.device, console: Console) -> None:
-    from tqdm import tqdm
-
     from experiments.measuring.draws import Draws
     from experiments.measuring.measures import measure_rows, work_of
     from experiments.measuring.record import AffinityRecord
@@ -172,16 +175,42 @@ def _measure(checkpoint: Path, args: argparse.Namespace, device: torch.device, c
         markup=False,
         highlight=False,
     )
-    step = subject.step or 0
-    for measure in _ordered(args.measures):
-        total = work_of(measure, args, intervals.num_intervals)
-        bar = tqdm(measure_rows(measure, args, draws, step), total=total, desc=f"{measure:15}", dynamic_ncols=True)
-        record.log_measure(measure, list(bar))
-    report(record, _ordered(args.measures), console)
+    measures = [measure for measure in _MEASURES if measure in args.measures]
+    work = {measure: work_of(measure, args, intervals.num_intervals) for measure in measures}
+    with _Progress(args.progress, sum(work.values())) as progress:
+        for measure in measures:
+            progress.describe(measure)
+            record.log_measure(measure, list(progress.count(measure_rows(measure, args, draws, record.step))))
+    report(record, measures, console)
 
 
-def _ordered(measures: Sequence[str]) -> list[str]:
-    return [measure for measure in _MEASURES if measure in measures]
+class _Progress:
+    """A bar on standard error, or JSON lines on standard output as `experiments.trainings` reads them."""
+
+    def __init__(self, style: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, dynamic_ncols=True, disable=style == "lines")
+        self._lines = style == "lines"
+        self._done, self._total = 0, total
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def describe(self, measure: str) -> None:
+        self._bar.set_description(measure.replace("_", " "))
+
+    def count(self, pieces: Iterable[T]) -> Iterator[T]:
+        for piece in pieces:
+            yield piece
+            self._done += 1
+            self._bar.update(1)
+            if self._lines:
+                state = {"step": self._done, "max_steps": self._total, "loss": None}
+                print(json.dumps(state), flush=True)
 
 
 def _intervals(args: argparse.Namespace, subject: Subject) -> TimestepIntervals:

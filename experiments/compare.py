@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.comparisons import create_comparison
 from lightning_modules.errors import UserInputError
 from lightning_modules.folders import writable_folder
-from lightning_modules.tracking import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,8 +70,8 @@ def compare(
     """Compares training runs, writes what it finds, and logs it to MLflow.
 
     Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv`` and ``figures/*.png``.
-    Logged to the parent run of the comparison (see `create_comparison`), which is finished by it; runs from several
-    comparisons get a parent of their own.
+    Logged to the parent run of the comparison (see `comparisons.create_comparison`), which is finished by it; runs from
+    several comparisons get a parent of their own.
 
     Args:
         tracking_uri: See `analysis.runs.locate_store`.
@@ -224,34 +224,6 @@ def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[R
     for figure in figures:
         (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(figure.png)
     (folder / REPORT_FILE).write_text(page, encoding="utf-8")
-
-
-def create_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> str:
-    """The parent run that stands for a comparison and will hold its report; created if there is none yet.
-
-    Create it before training to nest the runs below it (``tracking.parent_run_id``). `compare` finishes it.
-
-    Args:
-        tracking_uri: The MLflow store; a new SQLite store is set up.
-        experiment: Name of the experiment, created if need be.
-        comparison: Id of the comparison, the ``dtr.comparison`` tag of its runs.
-
-    Returns:
-        The MLflow run id.
-    """
-    from lightning_modules.tracking.store import ensure_experiment, mlflow_client
-
-    client = mlflow_client(tracking_uri)
-    experiment_id = ensure_experiment(client, tracking_uri, experiment)
-    # The id is compared here, not in the filter: it may hold quotes.
-    parents = client.search_runs(
-        [experiment_id], filter_string=f"tags.`{records.TAG_KIND}` = '{records.KIND_COMPARISON}'"
-    )
-    for parent in parents:
-        if parent.data.tags.get(records.TAG_COMPARISON) == comparison:
-            return parent.info.run_id
-    tags = {records.TAG_KIND: records.KIND_COMPARISON, records.TAG_COMPARISON: comparison}
-    return client.create_run(experiment_id, run_name=f"comparison {comparison}", tags=tags).info.run_id
 
 
 def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary: pd.DataFrame, said: Verdict) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 EXPERIMENT = "digits-demo"
 METHODS = ("baseline", "random", "dtr")
 CONFIGS = Path(__file__).parent / "digits"
+_SHORT = (
+    *("--batch-size=64", "--repeats=16", "--fine-tuning-repeats=2", "--evaluation-samples=256", "--images=384"),
+    *("--updates", "10", "40"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for chatty in ("mlflow.store.db.utils", "alembic"):  # they report the set-up of a new store line by line
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    from experiments.compare import compare, create_comparison, print_summary
-    from experiments.trainings import Training, run_trainings
+    from experiments.compare import compare, print_summary
+    from experiments.comparisons import create_comparison
+    from experiments.trainings import Training, report_failures, run_trainings
     from experiments.ui import ui_command
     from lightning_modules.errors import UserInputError
     from lightning_modules.folders import writable_folder
@@ -61,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
             for seed in args.seeds
             for method in METHODS
         ]
-        if _report_failures(run_trainings(jobs, workers=args.workers)):
+        if report_failures(run_trainings(jobs, workers=args.workers)):
+            return 1
+        print("\nMeasuring what the intervals do to each other …")
+        if report_failures(run_trainings(_measurements(uri, comparison, out, args), workers=args.workers)):
             return 1
         print("\nComparing …")
         summary = compare(uri, experiment=EXPERIMENT, comparison=comparison, out=out)
@@ -76,10 +83,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report_failures(failed: list[Training]) -> bool:
-    for job in failed:
-        print(f"\n{job.name} failed; the end of {job.log}:\n{job.log_tail()}", file=sys.stderr)
-    return bool(failed)
+def _measurements(uri: str, comparison: str, out: Path, args: argparse.Namespace) -> list[Training]:
+    """A `dtr-lab affinity` for the last checkpoint of every run, small enough for a demo."""
+    from experiments.trainings import Training
+    from lightning_modules.tracking import records
+    from lightning_modules.tracking.store import mlflow_client
+
+    client = mlflow_client(uri)
+    found = client.get_experiment_by_name(EXPERIMENT)
+    assert found is not None  # the trainings have just logged to it
+    runs = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"])
+    options = ["--progress=lines", f"--tracking-uri={uri}", f"--out={args.run_dir / 'affinity'}", *_SHORT]
+    return [
+        Training(
+            name=str(run.info.run_name).replace("-seed", " seed "),
+            arguments=[str(args.run_dir / run.info.run_id / "checkpoints" / "last.ckpt"), *options],
+            log=out / "logs" / f"affinity-{run.info.run_name}.log",
+            command="affinity",
+        )
+        for run in runs
+        if run.data.tags.get(records.TAG_COMPARISON) == comparison
+        and run.data.tags.get(records.TAG_KIND) == records.KIND_TRAINING
+    ]
 
 
 def _arguments(method: str, seed: int, args: argparse.Namespace, uri: str, comparison: str, parent: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Several trainings side by side, each in a process of its own, under one set of progress bars."""
+"""Several trainings or measurements side by side, each in a process of its own, under one set of progress bars."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ GRACE_SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One training to run.
+    """One training, or another long command, to run.
 
     Attributes:
         name: For the progress bar.
-        arguments: Command line after ``dtr-lab train``; must ask for ``--progress.style=lines``.
-        log: File that receives what the training prints beside its progress.
+        arguments: Command line after ``dtr-lab train``; must ask for its progress as lines.
+        log: File that receives what it prints beside its progress.
+        command: The command, if it is not ``train``.
     """
 
     name: str
     arguments: list[str]
     log: Path
+    command: str = "train"
 
     def log_tail(self, lines: int = 15) -> str:
         """The end of the log."""
@@ -51,6 +53,13 @@ def run_trainings(trainings: Sequence[Training], workers: int) -> list[Training]
     return _Pool(trainings, workers).run()
 
 
+def report_failures(failed: Sequence[Training]) -> bool:
+    """Prints the ends of the failed ones' logs; whether there are any."""
+    for job in failed:
+        print(f"\n{job.name} failed; the end of {job.log}:\n{job.log_tail()}", file=sys.stderr)
+    return bool(failed)
+
+
 class _Pool:
     def __init__(self, trainings: Sequence[Training], workers: int) -> None:
         self.waiting: queue.SimpleQueue[tuple[Training, TaskID]] = queue.SimpleQueue()
@@ -66,13 +75,13 @@ class _Pool:
             TextColumn("{task.description:<18}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
         )
         for training in trainings:
-            self.waiting.put((training, self.progress.add_task(training.name, total=None, start=False, loss="  –   ")))
+            self.waiting.put((training, self.progress.add_task(training.name, total=None, start=False, loss="")))
 
     def run(self) -> list[Training]:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.workers)]
@@ -100,7 +109,7 @@ class _Pool:
 
     def _train(self, training: Training, task: TaskID) -> int:
         training.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "experiments", "train", *training.arguments]
+        command = [sys.executable, "-m", "experiments", training.command, *training.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads_each), "PYTHONUNBUFFERED": "1"}
         with training.log.open("w") as log:
             with self.lock:
@@ -128,7 +137,7 @@ class _Pool:
             step, total, loss = state["step"], state["max_steps"], state["loss"]
         except (ValueError, TypeError, KeyError):
             return False
-        self.progress.update(task, completed=step, total=total, loss="  –   " if loss is None else f"{loss:.4f}")
+        self.progress.update(task, completed=step, total=total, loss="" if loss is None else f"loss {loss:.4f}")
         return True
 
     def _stop(self) -> None:

@@ -1,0 +1,66 @@
+"""Comparisons: the runs that belong together by a tag, and the parent run that stands for them and holds the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import records
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def create_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> str:
+    """The parent run that stands for a comparison and will hold its report; created if there is none yet.
+
+    Create it before training to nest the runs below it (``tracking.parent_run_id``). `compare` finishes it.
+
+    Args:
+        tracking_uri: The MLflow store; a new SQLite store is set up.
+        experiment: Name of the experiment, created if need be.
+        comparison: Id of the comparison, the ``dtr.comparison`` tag of its runs.
+
+    Returns:
+        The MLflow run id.
+    """
+    from lightning_modules.tracking.store import ensure_experiment, mlflow_client
+
+    client = mlflow_client(tracking_uri)
+    experiment_id = ensure_experiment(client, tracking_uri, experiment)
+    found = _parent(client, experiment_id, comparison)
+    if found is not None:
+        return found
+    tags = {records.TAG_KIND: records.KIND_COMPARISON, records.TAG_COMPARISON: comparison}
+    return client.create_run(experiment_id, run_name=f"comparison {comparison}", tags=tags).info.run_id
+
+
+def find_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> str | None:
+    """The parent run of a comparison that runs belong to already; None if they have no parent.
+
+    Raises:
+        UserInputError: If no run of the experiment belongs to that comparison.
+    """
+    from lightning_modules.tracking.store import mlflow_client
+
+    client = mlflow_client(tracking_uri)
+    known = client.get_experiment_by_name(experiment)
+    runs = [] if known is None else client.search_runs([known.experiment_id], max_results=5000)
+    tags = {tag for run in runs if (tag := run.data.tags.get(records.TAG_COMPARISON))}
+    if known is None or comparison not in tags:
+        raise UserInputError(
+            f"no run of experiment {experiment!r} belongs to a comparison {comparison!r}; there are: "
+            f"{', '.join(sorted(tags)) or 'none'}"
+        )
+    return _parent(client, known.experiment_id, comparison)
+
+
+def _parent(client: MlflowClient, experiment_id: str, comparison: str) -> str | None:
+    # The id is compared here, not in the filter: it may hold quotes.
+    parents = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{records.TAG_KIND}` = '{records.KIND_COMPARISON}'"
+    )
+    for parent in parents:
+        if parent.data.tags.get(records.TAG_COMPARISON) == comparison:
+            return parent.info.run_id
+    return None

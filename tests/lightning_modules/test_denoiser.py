@@ -212,3 +212,20 @@ def test_bad_optimization_is_refused_by_name(settings, culprit):
 def test_explicit_bounds_must_reach_the_last_timestep(make_denoiser):
     with pytest.raises(UserInputError, match="end at T = 1000"):
         make_denoiser(intervals=IntervalConfig(bounds=[0, 10]))
+
+
+def test_a_specialist_trains_on_its_interval_alone_and_is_not_weighted(make_denoiser, batch):
+    module = make_denoiser(intervals=IntervalConfig(bounds=[0, 250, 1000], only=1))
+    step = module.training_step(batch, 3)
+    assert int(step["t"].min()) >= 250
+    assert step["t"].equal(module.draw_timesteps(16, 3))
+    torch.testing.assert_close(step["loss"].detach(), step["sample_loss"].mean())
+    module.on_validation_epoch_start()
+    module.validation_step(batch, 0)
+    assert (module.validation_moments[0, 0, :250].sum() > 0).item(), "it is validated on all intervals"
+
+
+@pytest.mark.parametrize("only", [-1, 2])
+def test_a_specialist_of_no_interval_is_refused(make_denoiser, only):
+    with pytest.raises(UserInputError, match=r"intervals.only must name one of 2 intervals, 0 to 1"):
+        make_denoiser(intervals=IntervalConfig(num_intervals=2, only=only))

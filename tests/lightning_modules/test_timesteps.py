@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from lightning_modules.errors import UserInputError
 from lightning_modules.timesteps import TimestepIntervals
@@ -109,3 +110,10 @@ def test_impossible_numbers_of_intervals_are_refused(count):
 def test_a_log_snr_that_rises_is_refused():
     with pytest.raises(UserInputError, match="decrease"):
         TimestepIntervals.log_snr([1.0, 2.0, 0.0], 2)
+
+
+def test_a_task_alone_gives_timesteps_of_its_interval():
+    intervals = TimestepIntervals.explicit([0, 3, 50, 100])
+    drawn = intervals.sample_within(1, 4000, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == set(range(3, 50))
+    assert stats.chisquare(torch.bincount(drawn)[3:]).pvalue > 1e-3

@@ -41,6 +41,22 @@ def all_runs(client):
     return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 
 
+def test_ctrl_c_while_the_run_is_created_ends_it(logger, client, fit, monkeypatch):
+    from mlflow import MlflowClient
+
+    create_run = MlflowClient.create_run
+
+    def interrupted(self, *args, **kwargs):
+        run = create_run(self, *args, **kwargs)
+        signal.raise_signal(signal.SIGINT)  # the store has the run, and nobody here knows its id yet
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", interrupted)
+    with pytest.raises(SystemExit):
+        fit()
+    assert [run.info.status for run in all_runs(client)] == ["KILLED"]
+
+
 def test_a_training_becomes_a_run(store, client, tmp_path, hasty):
     parent = client.create_run("0").info.run_id
     logger = TrackingLogger(

@@ -39,6 +39,7 @@ def load_runs(
     comparison: str | None = None,
     run_ids: Sequence[str] | None = None,
     include_unfinished: bool = False,
+    kind: str = records.KIND_TRAINING,
 ) -> list[xr.Dataset]:
     """Loads training runs (tag ``dtr.kind`` = ``training``) with their telemetry.
 
@@ -51,6 +52,7 @@ def load_runs(
             `dtr-lab probe`, whose steps are batches.
         include_unfinished: Also load runs that are running, failed or killed. They are left out with a warning
             otherwise; in either case the attribute ``status`` tells.
+        kind: Of the runs to search for: ``"training"``, or ``"specialist"`` for models trained on one task each.
 
     Returns:
         One dataset per run, ordered by method, seed and start: the variables of `telemetry.read_telemetry`, and the
@@ -66,7 +68,7 @@ def load_runs(
         if run_ids is not None:
             found = chosen = [_get_run(client, run_id) for run_id in run_ids]
         elif experiment is not None:
-            found = _search(client, _experiment_named(client, experiment), comparison)
+            found = _search(client, _experiment_named(client, experiment), comparison, kind)
             chosen = found if include_unfinished else _finished_only(found)
         else:
             raise UserInputError(f"name an experiment or run ids to load; experiments here: {_experiments(client)}")
@@ -151,19 +153,23 @@ def _get_run(client: MlflowClient, run_id: str) -> Run:
         raise UserInputError(
             f"no run {run_id!r} in this store: pass a full run id as the MLflow UI shows it ({error.message})"
         ) from error
-    if run.data.tags.get(records.TAG_KIND) not in ("training", "probe"):
+    if run.data.tags.get(records.TAG_KIND) not in (
+        records.KIND_TRAINING,
+        records.KIND_SPECIALIST,
+        records.KIND_PROBE,
+    ):
         raise UserInputError(f"run {run_id!r} ({run.info.run_name}) is not a training run or probe of DTR Lab")
     return run
 
 
-def _search(client: MlflowClient, experiment: Experiment, comparison: str | None) -> list[Run]:
-    """All training runs of the experiment, newest first, or those of one comparison."""
+def _search(client: MlflowClient, experiment: Experiment, comparison: str | None, kind: str) -> list[Run]:
+    """All runs of a kind in the experiment, newest first, or those of one comparison."""
     runs: list[Run] = []
     token = None
     while True:
         page = client.search_runs(
             [experiment.experiment_id],
-            filter_string=f"tags.`{records.TAG_KIND}` = 'training'",
+            filter_string=f"tags.`{records.TAG_KIND}` = '{kind}'",
             order_by=["attributes.start_time DESC"],
             page_token=token,
         )
@@ -172,7 +178,8 @@ def _search(client: MlflowClient, experiment: Experiment, comparison: str | None
         if not token:
             break
     if not runs:
-        raise UserInputError(f"experiment {experiment.name!r} has no training runs: make some with `dtr-lab train`")
+        command = "dtr-lab specialists" if kind == records.KIND_SPECIALIST else "dtr-lab train"
+        raise UserInputError(f"experiment {experiment.name!r} has no {kind} runs: make some with `{command}`")
     if comparison is None:
         return runs
     known = list(dict.fromkeys(tag for run in runs if (tag := run.data.tags.get(records.TAG_COMPARISON))))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -80,7 +79,6 @@ def _dispatch(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog=PROG,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=18),
         description="A workbench for studying diffusion training as multi-task learning.",
         epilog=f"`{PROG} COMMAND --help` explains a command.",
     )

@@ -24,6 +24,9 @@ from lightning_modules.tracking.records import GRADIENT_GRAMIAN, interval_labels
 class GradientConflictProbe(pl.Callback):
     """Writes table `GRADIENT_GRAMIAN`, the scalars ``conflict/…`` and the heatmap ``conflict_cosine``.
 
+    Scalars: ``conflict/rate`` and ``conflict/mean_cosine`` over the pairs of tasks of this probe, and
+    ``conflict/mean_rate``, the mean of the rates of all probes so far.
+
     In a scheduled step it watches the forward and backward pass that training does anyway (`GramianRecorder`): no
     further pass, and the same gradient up to the order of floating-point sums. A compiled backbone runs eagerly in that
     step. With gradient accumulation the first batch of a step is measured. The first measurement is verified, at the
@@ -68,6 +71,21 @@ class GradientConflictProbe(pl.Callback):
         self._expected: WeightedGradient | None = None
         self._wrong: set[str] = set()
         self._warned = False
+        self._rates = (0.0, 0)  # sum and number, for the mean: a single probe's rate is too noisy to sort runs by
+
+    @property
+    def state_key(self) -> str:
+        """Tells two probes of one trainer apart in its checkpoints."""
+        return self._generate_state_key(halves=self.halves, processes=self.processes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the mean rate is made of, for the checkpoint."""
+        return {"rates": list(self._rates)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from the rates of the checkpoint."""
+        total, number = state_dict.get("rates", (0.0, 0))
+        self._rates = (float(total), int(number))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DenoiserModule, batch: tuple[Tensor, Tensor], batch_idx: int
@@ -189,7 +207,13 @@ class GradientConflictProbe(pl.Callback):
         pairs = cosine[np.triu_indices(len(cosine), 1)]
         pairs = pairs[np.isfinite(pairs)]
         if len(pairs):
-            metrics = {"conflict/rate": float((pairs < 0).mean()), "conflict/mean_cosine": float(pairs.mean())}
+            rate = float((pairs < 0).mean())
+            self._rates = (self._rates[0] + rate, self._rates[1] + 1)
+            metrics = {
+                "conflict/rate": rate,
+                "conflict/mean_rate": self._rates[0] / self._rates[1],
+                "conflict/mean_cosine": float(pairs.mean()),
+            }
             writer.log_metrics(metrics, step)
         measurements = trainer.max_steps // self.every_n_steps
         thinning = max(1, -(-measurements // self.max_heatmaps))

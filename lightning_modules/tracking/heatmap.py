@@ -6,6 +6,7 @@ papers are made by `analysis.plots`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colors = Literal["diverging", "sequential"]
+_INTERVAL = re.compile(r"t(\d+)-\d+")
 
 # Orange against blue is told apart with every common colour-vision deficiency, and white is zero. As in the figures
 # of `analysis.plots`, blue is agreement and the warm colour conflict.
@@ -24,6 +26,8 @@ _MISSING = ((0xC4, 0xC4, 0xC4), (0xA0, 0xA0, 0xA0))
 
 _SIZE = 512
 _MIN_SIZE = 192
+_ASPECT = 26 / 32
+"""Height over width: what MLflow's card of images shows without scrolling, so that no label is hidden below its edge."""
 _FONT = 21  # in an image of 512 pixels: ten pixels high once MLflow has halved it
 
 
@@ -45,21 +49,21 @@ def heatmap_image(
             infinities included, in the colour of its end.
         labels: R names of the rows; if there are too many to read, every n-th is shown.
         title: Drawn above, shrunk or cut to fit.
-        column_labels: C names of the columns; by default those of the rows.
+        column_labels: C names of the columns; by default those of the rows, of intervals ``t250-374`` their lower ends.
         vmin: Lower end of the range.
         vmax: Upper end of the range.
         colors: ``"diverging"`` for signed values (orange below zero, white at zero, blue above, equally strong at
             equal distance) or ``"sequential"`` for magnitudes (darker is more).
-        size: Height and width of the image in pixels, at least 192.
+        size: Width of the image in pixels, at least 192.
 
     Returns:
-        uint8, (size, size, 3).
+        uint8, (13/16 size, size, 3).
 
     Raises:
         ValueError: If shapes, labels, range or size do not fit.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
-    column_labels = labels if column_labels is None else column_labels
+    column_labels = [_start(label) for label in labels] if column_labels is None else column_labels
     if matrix.ndim != 2 or matrix.shape != (len(labels), len(column_labels)) or matrix.size == 0:
         raise ValueError(f"matrix {matrix.shape} needs {len(labels)} x {len(column_labels)} entries, one per label")
     if not (np.isfinite([vmin, vmax]).all() and vmin < vmax):
@@ -97,21 +101,23 @@ class _Canvas:
     def __init__(
         self, size: int, title: str, labels: Sequence[str], column_labels: Sequence[str], bar_labels: Sequence[str]
     ) -> None:
-        self.image = Image.new("RGB", (size, size), "white")
+        height = round(_ASPECT * size)
+        self.image = Image.new("RGB", (size, height), "white")
         self._draw = ImageDraw.Draw(self.image)
         self._unit = size / _SIZE
         self._font = ImageFont.load_default(size=_FONT * self._unit)
         self._gap = round(8 * self._unit)
         # Long names may take a third of the picture at most, and are cut beyond that.
         widest = max(self._width(label) for label in labels)
-        tallest = max(self._width(label) for label in column_labels)
         self._margin = min(widest, size // 3) + 2 * self._gap
-        bottom = min(tallest, size // 3) + 2 * self._gap
         self._bar = round(20 * self._unit)
         right = self._bar + max(self._width(label) for label in bar_labels) + 3 * self._gap
         self._top = self._draw_title(title, size)
         self._area_width = size - self._margin - right
-        self._area_height = size - self._top - bottom
+        longest = max(self._width(label) for label in column_labels)
+        self._turned = longest + 2 * self._unit > self._area_width / len(column_labels)
+        below = min(longest, size // 3) if self._turned else _FONT * self._unit
+        self._area_height = height - self._top - round(below) - 2 * self._gap
 
     def paste_matrix(self, pixels: np.ndarray) -> None:
         """Enlarges (R, C, 3) to the plot area, without blurring, and hatches black cells."""
@@ -127,14 +133,19 @@ class _Canvas:
         self._draw.rectangle(box, outline=_INK, width=1)
 
     def draw_ticks(self, labels: Sequence[str], column_labels: Sequence[str]) -> None:
-        """Row labels to the left; column labels below, turned by 90 degrees so that they never collide."""
+        """Row labels to the left; column labels below, turned by 90 degrees where they would collide."""
         line = _FONT * self._unit * 1.15
         for row, label in _legible(labels, self._area_height, line):
             y = self._top + (row + 0.5) * self._area_height / len(labels)
             text = self._cut(label, self._margin - 2 * self._gap)
             self._draw.text((self._margin - self._gap, y), text, fill=_INK, font=self._font, anchor="rm")
-        for column, label in _legible(column_labels, self._area_width, line):
+        shown = _legible(column_labels, self._area_width, line) if self._turned else list(enumerate(column_labels))
+        for column, label in shown:
             x = self._margin + (column + 0.5) * self._area_width / len(column_labels)
+            if not self._turned:
+                y = self._top + self._area_height + self._gap
+                self._draw.text((x, y), label, fill=_INK, font=self._font, anchor="mt")
+                continue
             text = self._cut(label, self.image.height - self._top - self._area_height - 2 * self._gap)
             turned = self._text_image(text).rotate(90, expand=True)
             self.image.paste(turned, (round(x - turned.width / 2), self._top + self._area_height + self._gap))
@@ -181,6 +192,12 @@ class _Canvas:
         while text and self._width(text + "…") > width:
             text = text[:-1]
         return text + "…"
+
+
+def _start(label: str) -> str:
+    """``250`` of ``t250-374``; other labels as they are."""
+    found = _INTERVAL.fullmatch(label)
+    return found[1] if found else label
 
 
 def _legible(labels: Sequence[str], length: int, line: float) -> list[tuple[int, str]]:

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 
 from lightning_modules.tracking.heatmap import heatmap_image
+from lightning_modules.tracking.records import interval_labels
+
+COLUMNS = ["000", "125", "250", "375", "500", "625", "750", "875"]
 
 
 def middle(value, **options):
     """Colours around the middle of the only cell."""
     image = heatmap_image(np.array([[value]], dtype=float), ["a"], title="t", **options)
-    half = image.shape[0] // 2
-    return image[half - 20 : half + 20, half - 20 : half + 20].astype(int).reshape(-1, 3)
+    row, column = image.shape[0] // 2, image.shape[1] // 2
+    return image[row - 20 : row + 20, column - 20 : column + 20].astype(int).reshape(-1, 3)
 
 
 def test_zero_is_white_and_signs_are_orange_and_blue():
@@ -58,15 +61,26 @@ def test_first_row_is_at_the_top_and_first_column_at_the_left():
 def test_any_shape_and_label_length_fits(rows, columns, size):
     labels = [f"blocks.{row}.a_very_long_name_of_a_layer" for row in range(rows)]
     image = heatmap_image(np.zeros((rows, columns)), labels, title="w" * 200, column_labels=["t"] * columns, size=size)
-    assert image.shape == (size, size, 3)
+    assert image.shape == (round(size * 13 / 16), size, 3)
     assert image.dtype == np.uint8
 
 
 def test_labels_do_not_touch_each_other_when_there_are_many():
     image = heatmap_image(np.full((64, 64), np.nan), [f"t{i:02d}" for i in range(64)], title="")
-    strip = image[60:400, 6:40].min(axis=(1, 2)) < 128  # rows of pixels that hold ink of row labels
+    strip = image[50:330, 6:40].min(axis=(1, 2)) < 128  # rows of pixels that hold ink of row labels
     blocks = np.flatnonzero(np.diff(strip.astype(int)) == 1).size
     assert 8 <= blocks <= 20
+
+
+def test_columns_of_intervals_go_by_their_start_and_stand_upright_while_there_is_room():
+    few, many = (interval_labels([round(n * 1000 / k) for n in range(k + 1)]) for k in (8, 40))
+    upright = heatmap_image(np.full((8, 8), np.nan), few, title="")
+    assert (upright == heatmap_image(np.full((8, 8), np.nan), few, title="", column_labels=COLUMNS)).all()
+    turned = heatmap_image(np.full((40, 40), np.nan), many, title="")
+    # The hatched matrix ends higher where labels of three digits stand on end.
+    ends = [np.flatnonzero(np.isin(image[:, 256, 0], (0xC4, 0xA0)))[-1] for image in (upright, turned)]
+    assert ends[0] > 360
+    assert ends[1] < ends[0]
 
 
 @pytest.mark.parametrize(

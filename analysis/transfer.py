@@ -6,6 +6,7 @@ whose loss is looked at, larger is more helpful. `specialists` goes furthest: a 
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -69,6 +70,31 @@ def fine_tuning_affinity(run: xr.Dataset, *, updates: int | None = None, step: i
         UserInputError: If nothing was measured, or not at that step or number of updates.
     """
     return _affinity(run, FINE_TUNING, "change", step, updates, "fine-tuning transfer")
+
+
+def relative_to_own(affinity: xr.DataArray) -> xr.DataArray:
+    """How much training on i helps j, as a share of what training on j itself does: Z_{i→j} / Z_{j→j}.
+
+    Losses of different intervals differ by orders of magnitude, and so do the shares of them that a step removes; this
+    way all columns have one scale, with 1 on the diagonal.
+
+    Args:
+        affinity: (..., task, other_task), directed.
+
+    Returns:
+        Likewise; NaN in the columns of tasks that training on themselves does not help, and the ``standard_error``, if
+        there is one, of the numerator alone.
+    """
+    at = xr.DataArray(np.arange(affinity.sizes["task"]), dims="other_task")
+    own = affinity.isel(task=at).drop_vars([name for name in affinity.coords if name not in affinity.dims])
+    own = own.drop_vars("task", errors="ignore").where(lambda value: value > 0)
+    relative = affinity / own
+    if "standard_error" in affinity.coords:
+        error = affinity["standard_error"].drop_vars(list(affinity["standard_error"].coords)) / own.drop_vars(
+            list(own.coords)
+        )
+        relative = relative.assign_coords(standard_error=error.transpose(*affinity["standard_error"].dims))
+    return relative.transpose(*affinity.dims).assign_attrs({**affinity.attrs, "long_name": "help relative to its own"})
 
 
 def transfer_film(run: xr.Dataset, measure: str = LOOK_AHEAD) -> xr.DataArray:

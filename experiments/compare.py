@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.comparisons import create_comparison
+from experiments.mlflow_links import REPORT, artifact_url
+from experiments.mlflow_notes import NOTE_TAG, link_runs, run_link
+from experiments.mlflow_view import save_view
 from lightning_modules.errors import UserInputError
 from lightning_modules.folders import writable_folder
 
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from analysis.figures import ReportFigure
     from analysis.summary import Verdict
 
-REPORT_FILE = "report.html"
 TABLES_DIR = "tables"
 FIGURES_DIR = "figures"
 _ALL = "all"
@@ -144,7 +146,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         console.print(f"! {sentence}", style="yellow", markup=False, highlight=False)
     if "out" in summary.attrs:
         folder = Path(summary.attrs["out"])
-        console.print(f"Report: {folder / REPORT_FILE}", soft_wrap=True, markup=False)
+        console.print(f"Report: {folder / REPORT}", soft_wrap=True, markup=False)
         console.print(f"Figures: {folder / FIGURES_DIR}   Tables: {folder / TABLES_DIR}", soft_wrap=True, markup=False)
 
 
@@ -223,7 +225,7 @@ def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[R
         table.to_csv(folder / TABLES_DIR / f"{name}.csv", index=False)
     for figure in figures:
         (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(figure.png)
-    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
+    (folder / REPORT).write_text(page, encoding="utf-8")
 
 
 def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary: pd.DataFrame, said: Verdict) -> str:
@@ -232,24 +234,29 @@ def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary:
 
     parent = create_comparison(uri, experiment=runs[0].attrs["experiment"], comparison=name)
     client = mlflow_client(uri)
-    client.log_artifact(parent, str(folder / REPORT_FILE))
+    client.log_artifact(parent, str(folder / REPORT))
     client.log_artifacts(parent, str(folder / TABLES_DIR), TABLES_DIR)
     client.log_artifacts(parent, str(folder / FIGURES_DIR), FIGURES_DIR)
-    client.set_tag(parent, "mlflow.note.content", _note(runs, summary, said))
+    experiment_id = client.get_run(parent).info.experiment_id
+    members = [(str(run.attrs["run_id"]), str(run.attrs["name"])) for run in runs]
+    client.set_tag(parent, NOTE_TAG, _note(experiment_id, parent, members, summary, said))
     client.set_terminated(parent)
+    view = save_view(client, experiment_id, name, [run_id for run_id, _ in members])
+    link_runs(client, experiment_id, name, parent, members, view)
     return parent
 
 
-def _note(runs: Sequence[xr.Dataset], summary: pd.DataFrame, said: Verdict) -> str:
+def _note(
+    experiment_id: str, parent: str, members: Sequence[tuple[str, str]], summary: pd.DataFrame, said: Verdict
+) -> str:
     """The verdict as Markdown, for the description of the run in the MLflow UI."""
-    members = ", ".join(f"`{run.attrs['name']}`" for run in runs)
     lines = [
-        f"**Comparison of {', '.join(_method_names(summary))}** ({len(runs)} runs). "
-        f"The whole report: Artifacts, `{REPORT_FILE}`.",
+        f"**Comparison of {', '.join(_method_names(summary))}** ({len(members)} runs): "
+        f"[the whole report]({artifact_url('', experiment_id, parent, REPORT)}).",
         "",
         *(f"- {sentence}" for sentence in said.findings),
         *(f"- **Note:** {sentence}" for sentence in said.warnings),
         "",
-        f"Runs: {members}.",
+        f"Runs: {', '.join(run_link(experiment_id, *member) for member in members)}.",
     ]
     return "\n".join(lines)

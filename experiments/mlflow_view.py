@@ -22,10 +22,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TAG_PREFIX = "mlflow.sharedViewState."
-COLUMNS = (f"tags.`{TAG_METHOD}`", f"tags.`{TAG_SEED}`", "metrics.`loss/val`", "metrics.`conflict/rate`")
+COLUMNS = (
+    *(f"tags.`{tag}`" for tag in (TAG_METHOD, TAG_SEED)),
+    *(f"metrics.`{metric}`" for metric in ("loss/val", "conflict/mean_rate")),
+)
 ORDER_BY = f"tags.`{TAG_METHOD}`"
-IMAGES = ("conflict_cosine", "activation_rms", "samples")
-CURVES = {"loss": ("loss/val", "loss/train"), "conflict": ("conflict/rate", "conflict/mean_cosine")}
+IMAGES = ("conflict_cosine", "affinity_look_ahead", "affinity_fine_tuning", "affinity_representation", "samples")
+CURVES = {
+    "loss": ("loss/val", "loss/train"),
+    "conflict": ("conflict/mean_rate", "conflict/rate", "conflict/mean_cosine"),
+    "activation": ("activation/effective_channels", "activation/dead_fraction"),
+}
 """Section -> the charts that come first in it; MLflow adds those of the remaining metrics."""
 
 
@@ -35,26 +42,32 @@ def comparison_filter(comparison: str) -> str:
     return f"tags.`{TAG_COMPARISON}` = {mark}{comparison}{mark}"
 
 
-def save_view(client: MlflowClient, experiment_id: str, comparison: str, training_runs: Sequence[str]) -> str:
+def runs_filter(comparison: str | None) -> str:
+    """MLflow's search filter for the runs of one comparison; all runs for None."""
+    return "" if comparison is None else comparison_filter(comparison)
+
+
+def save_view(client: MlflowClient, experiment_id: str, comparison: str | None, training_runs: Sequence[str]) -> str:
     """Writes the comparison's view into the experiment, over an earlier one.
 
     Args:
         client: Of the store.
         experiment_id: Where the runs are.
-        comparison: Their ``dtr.comparison`` tag.
+        comparison: Their ``dtr.comparison`` tag; None for a view of all runs.
         training_runs: Run ids whose images are shown, at the last step that all of them logged.
 
     Returns:
-        The key of the view, for `experiments.ui.comparison_url`.
+        The key of the view, for `mlflow_links.runs_url`.
 
     Raises:
         MlflowException: If the store does not take the tag.
     """
-    key = "dtr-" + hashlib.sha256(comparison.encode()).hexdigest()[:16]
+    name = "all runs" if comparison is None else f"comparison {comparison}"
+    key = "dtr-" + hashlib.sha256(name.encode()).hexdigest()[:16]
     state = json.dumps(view_state(comparison, _last_common_steps(client, training_runs))).encode()
     now = int(time.time() * 1000)
     view = {
-        "name": f"comparison {comparison}",
+        "name": name,
         "createdAt": now,
         "updatedAt": now,
         "state": "deflate;" + base64.b64encode(zlib.compress(state)).decode(),
@@ -63,7 +76,7 @@ def save_view(client: MlflowClient, experiment_id: str, comparison: str, trainin
     return key
 
 
-def view_state(comparison: str, image_steps: Mapping[str, int]) -> dict[str, Any]:
+def view_state(comparison: str | None, image_steps: Mapping[str, int]) -> dict[str, Any]:
     """The page's state: filter and order of the runs, columns of the table, sections of charts.
 
     Sorted by time, MLflow's default, runs are nested under their parent, folded, and left out of the charts. Sorted by
@@ -71,13 +84,13 @@ def view_state(comparison: str, image_steps: Mapping[str, int]) -> dict[str, Any
     comparison's own run, which has no method, comes last.
 
     Args:
-        comparison: The ``dtr.comparison`` tag to filter on.
+        comparison: The ``dtr.comparison`` tag to filter on; None for all runs.
         image_steps: Image key -> step to show at first; images without one are left out.
     """
     charts = [_image_chart(key, image_steps[key]) for key in IMAGES if key in image_steps]
     charts += [_line_chart(section, metric) for section, metrics in CURVES.items() for metric in metrics]
     return {
-        "searchFilter": comparison_filter(comparison),
+        "searchFilter": runs_filter(comparison),
         "orderByKey": ORDER_BY,
         "orderByAsc": True,
         "startTime": "ALL",

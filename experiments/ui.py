@@ -16,18 +16,19 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING
-from urllib.parse import quote, urlencode
 
-from experiments.mlflow_view import ORDER_BY, comparison_filter, save_view
+from experiments.mlflow_links import REPORT, artifact_url, runs_url
+from experiments.mlflow_view import save_view
 from lightning_modules.errors import UserInputError
-from lightning_modules.tracking.records import TAG_COMPARISON, TAG_KIND
+from lightning_modules.tracking.records import KIND_COMPARISON, KIND_TRAINING, TAG_COMPARISON, TAG_KIND
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 HOST = "127.0.0.1"
 LATEST = "latest"
-REPORT = "report.html"
+APP, START = "dtr-lab", "/start"
+"""Of `experiments.mlflow_app`, which imports MLflow's server: too slow for here."""
 _PORTS_TRIED = 100
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
@@ -57,45 +58,13 @@ def run(args: argparse.Namespace) -> int:
     experiment_id, experiment = _find_experiment(client, redacted(uri), args.experiment)
     pages = _pages(client, experiment_id, experiment, args.comparison)
     if uri.startswith(("http://", "https://")):
-        _print_links(redacted(uri), pages)
+        _print_links(f"{redacted(uri).rstrip('/')}/", pages)
         return 0
 
     port = _free_port(args.port)
     if port != args.port:
         print(f"port {args.port} is in use, taking {port}", file=sys.stderr)
     return _serve(uri, port, pages)
-
-
-def comparison_url(base_url: str, experiment_id: str, comparison: str, view: str | None = None) -> str:
-    """Link to MLflow's charts of one comparison: its training runs side by side, and the run with its report.
-
-    Found out by driving MLflow 3.17 in a browser, and kept true by ``tests/browser``: ``workflowType`` switches from
-    the GenAI view to model training, only as part of the query *after* the ``#``; ``compareRunsMode=CHART`` opens the
-    charts, where images have their step slider; the order must not be by time, see `mlflow_view.view_state`.
-
-    Args:
-        base_url: Where MLflow's server is.
-        experiment_id: Id, not name.
-        comparison: The runs' ``dtr.comparison`` tag.
-        view: Key of the view that `mlflow_view.save_view` wrote; it adds what a link alone cannot say.
-    """
-    query = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
-    if view is not None:
-        query["viewStateShareKey"] = view  # has filter and order in it; beside them MLflow would not apply the rest
-    else:
-        query |= {"searchFilter": comparison_filter(comparison), "orderByKey": ORDER_BY, "orderByAsc": "true"}
-    return f"{_experiment_page(base_url, experiment_id)}/runs?{urlencode(query, quote_via=quote)}"
-
-
-def experiment_url(base_url: str, experiment_id: str) -> str:
-    """Link to all runs of an experiment."""
-    return f"{_experiment_page(base_url, experiment_id)}/runs?workflowType=machine_learning"
-
-
-def artifact_url(base_url: str, experiment_id: str, run_id: str, path: str) -> str:
-    """Link to one file of a run, shown in MLflow's artifact viewer."""
-    page = f"{_experiment_page(base_url, experiment_id)}/runs/{run_id}/artifacts/{quote(path)}"
-    return f"{page}?workflowType=machine_learning"
 
 
 def ui_command(tracking_uri: str, experiment: str, comparison: str | None = None) -> str:
@@ -122,10 +91,6 @@ def _program() -> list[str]:
     return [sys.executable, "-m", "experiments"]
 
 
-def _experiment_page(base_url: str, experiment_id: str) -> str:
-    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"
-
-
 def _find_experiment(client: MlflowClient, store: str, name: str | None) -> tuple[str, str]:
     """Id and name of the experiment asked for, or of the one with the newest run."""
     experiments = {found.experiment_id: found.name for found in client.search_experiments()}
@@ -143,43 +108,43 @@ def _find_experiment(client: MlflowClient, store: str, name: str | None) -> tupl
 
 def _pages(client: MlflowClient, experiment_id: str, experiment: str, comparison: str | None) -> dict[str, str]:
     """Links without their base, by what they show."""
-    if comparison is None:
-        return {"runs": experiment_url("", experiment_id)}
     runs = client.search_runs([experiment_id], order_by=["attributes.start_time DESC"], max_results=5000)
     known = list(dict.fromkeys(tag for run in runs if (tag := run.data.tags.get(TAG_COMPARISON))))
     if comparison == LATEST and known:
         comparison = known[0]
-    if comparison not in known:
+    if comparison is not None and comparison not in known:
         raise UserInputError(
             f"no comparison {comparison!r} in experiment {experiment!r}; there are: {', '.join(known) or 'none'}"
         )
-    members = [run for run in runs if run.data.tags.get(TAG_COMPARISON) == comparison]
-    training_runs = [run.info.run_id for run in members if run.data.tags.get(TAG_KIND) == "training"]
+    members = [run for run in runs if comparison is None or run.data.tags.get(TAG_COMPARISON) == comparison]
+    trained = [run.info.run_id for run in members if run.data.tags.get(TAG_KIND) == KIND_TRAINING]
+    view = _view(client, experiment_id, comparison, trained)
     pages = {
-        "runs": comparison_url("", experiment_id, comparison, _view(client, experiment_id, comparison, training_runs))
+        "runs": runs_url("", experiment_id, comparison, view=view),
+        "charts": runs_url("", experiment_id, comparison, view=view, charts=True),
     }
-    for run in members:
-        if run.data.tags.get(TAG_KIND) == "comparison":
-            if any(file.path == REPORT for file in client.list_artifacts(run.info.run_id)):
-                pages["report"] = artifact_url("", experiment_id, run.info.run_id, REPORT)
+    parents = [run for run in members if run.data.tags.get(TAG_KIND) == KIND_COMPARISON]
+    for parent in parents:  # the newest first
+        if any(file.path == REPORT for file in client.list_artifacts(parent.info.run_id)):
+            pages["report"] = artifact_url("", experiment_id, parent.info.run_id, REPORT)
             break
     return pages
 
 
-def _view(client: MlflowClient, experiment_id: str, comparison: str, training_runs: list[str]) -> str | None:
-    """Key of the comparison's saved view; None, so a plainer page, where we may only read."""
+def _view(client: MlflowClient, experiment_id: str, comparison: str | None, trained: list[str]) -> str | None:
+    """Key of the saved view; None, so a plainer page, where we may only read."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return save_view(client, experiment_id, comparison, training_runs)
+        return save_view(client, experiment_id, comparison, trained)
     except MlflowException as error:
         print(f"no saved view in MLflow, this store does not take one: {error}", file=sys.stderr)
         return None
 
 
-def _print_links(base_url: str, pages: dict[str, str]) -> None:
+def _print_links(entrance: str, pages: dict[str, str]) -> None:
     for what, page in pages.items():
-        print(f"  {what:8}{base_url.rstrip('/')}{page}", flush=True)
+        print(f"  {what:8}{entrance}{page}", flush=True)
 
 
 def _serve(uri: str, port: int, pages: dict[str, str]) -> int:
@@ -192,7 +157,7 @@ def _serve(uri: str, port: int, pages: dict[str, str]) -> int:
         try:
             if _wait_until_ready(process, base_url):
                 print("MLflow is ready, Ctrl-C ends it:", flush=True)
-                _print_links(base_url, pages)
+                _print_links(f"{base_url}{START}", pages)
                 process.wait()
         except KeyboardInterrupt:
             return 0
@@ -212,7 +177,7 @@ def _start_server(uri: str, port: int, log: IO[bytes]) -> subprocess.Popen[bytes
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--log-level=warning"]
+    command += ["--app-name", APP, "--uvicorn-opts", "--log-level=warning"]
     # A session of its own, so that Ctrl-C reaches only us and we end the server together with its worker.
     return subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL

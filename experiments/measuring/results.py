@@ -11,7 +11,7 @@ from rich.table import Table
 
 from analysis.representation import representation_affinity
 from analysis.telemetry import read_telemetry
-from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead
+from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead, relative_to_own
 from experiments.measuring.record import AffinityRecord
 from lightning_modules.tracking import records
 from lightning_modules.tracking.heatmap import heatmap_image
@@ -22,6 +22,12 @@ TITLES = {
     FINE_TUNING: "Fine-tuning: loss saved",
     REPRESENTATION: "CKA, mean over blocks",
 }
+_PICTURES = {
+    LOOK_AHEAD: "Look-ahead / own",
+    FINE_TUNING: "Fine-tuning / own",
+    REPRESENTATION: "CKA",
+}
+"""Of pictures 256 pixels wide; a task's gain from others is drawn as a share of its gain from itself."""
 
 
 def report(record: AffinityRecord, measures: Sequence[str], console: Console) -> None:
@@ -58,17 +64,10 @@ def _csv(matrix: xr.DataArray) -> bytes:
 
 def _picture(matrix: xr.DataArray, measure: str, step: int) -> np.ndarray:
     labels = [str(label) for label in matrix["interval"].values]
-    title = f"{TITLES[measure]}, step {step}"
+    title = f"{_PICTURES[measure]}, step {step}"
     if measure == REPRESENTATION:
         return heatmap_image(matrix.values, labels, title=title, vmin=0.0, colors="sequential")
-    limit = _limit(matrix)
-    return heatmap_image(matrix.values, labels, title=title, vmin=-limit, vmax=limit)
-
-
-def _limit(matrix: xr.DataArray) -> float:
-    """The largest magnitude, to two digits."""
-    largest = float(np.nanmax(np.abs(matrix.values), initial=0.0))
-    return float(f"{largest:.1e}") or 1.0
+    return heatmap_image(relative_to_own(matrix).values, labels, title=title)
 
 
 def _print_matrix(matrix: xr.DataArray, title: str, console: Console) -> None:

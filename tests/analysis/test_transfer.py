@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead, transfer_film
+from analysis.transfer import (
+    fine_tuning_affinity,
+    look_ahead_affinity,
+    predicted_look_ahead,
+    relative_to_own,
+    transfer_film,
+)
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import FINE_TUNING
 from tests.analysis.measured import K, run_with, transfer_rows
@@ -71,6 +77,22 @@ def test_fine_tuning_after_any_number_of_updates_that_was_looked_at(tmp_path):
     np.testing.assert_allclose(look_ahead_affinity(run).values, -SAVED)
     with pytest.raises(UserInputError, match="has fine tuning updates 1, 4, not 3"):
         fine_tuning_affinity(run, updates=3)
+
+
+def test_help_relative_to_what_training_on_the_task_itself_does(tmp_path):
+    saved = np.random.default_rng(2).uniform(-0.3, 0.5, (K, K))
+    np.fill_diagonal(saved, np.linspace(0.1, 0.8, K))
+    saved[3, 3] = -0.1  # training on it did it no good: nothing to compare with
+    draws = [saved + 0.01 * s for s in (-1, 0, 1)]
+    affinity = look_ahead_affinity(
+        run_with(tmp_path, transfers=[transfer_rows(d, repeat=r) for r, d in enumerate(draws)])
+    )
+    found = relative_to_own(affinity)
+    own = np.where(np.diag(saved) > 0, np.diag(saved), np.nan)
+    np.testing.assert_allclose(found.values, saved / own)
+    np.testing.assert_allclose(found["standard_error"].values, affinity["standard_error"].values / own)
+    assert found["interval"].equals(affinity["interval"])
+    assert found.dims == affinity.dims
 
 
 def test_what_was_not_measured_says_how_to_measure_it(tmp_path):

@@ -60,6 +60,12 @@ def test_every_chart_stands_in_a_section_that_exists():
     assert [chart["imageKeys"] for chart in charts if chart["type"] == "IMAGE"] == [["conflict_cosine"]]
 
 
+def test_a_view_of_all_runs_filters_none(client):
+    experiment_id = client.get_experiment_by_name("digits").experiment_id
+    assert save_view(client, experiment_id, None, []) != save_view(client, experiment_id, "c", [])
+    assert view_state(None, {})["searchFilter"] == ""
+
+
 def test_the_filter_finds_a_comparison_with_an_apostrophe(client):
     experiment_id = client.get_experiment_by_name("digits").experiment_id
     for name in ("ann's", "bob"):

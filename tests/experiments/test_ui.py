@@ -3,31 +3,15 @@
 import shlex
 import socket
 import sys
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from mlflow.exceptions import MlflowException
 
 from experiments import ui
 from experiments.__main__ import main
+from experiments.mlflow_links import artifact_url, runs_url
 from lightning_modules.tracking.store import ensure_experiment, mlflow_client
-
-
-def fragment_query(url: str) -> dict[str, list[str]]:
-    return parse_qs(urlsplit(urlsplit(url).fragment).query)
-
-
-def test_comparison_url_filters_on_the_comparison():
-    url = ui.comparison_url("http://127.0.0.1:5000/", "7", "demo & co")
-    assert url.startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
-    query = fragment_query(url)
-    assert query["searchFilter"] == ["tags.`dtr.comparison` = 'demo & co'"]
-    assert query["workflowType"] == ["machine_learning"]
-
-
-def test_comparison_url_quotes_an_apostrophe():
-    query = fragment_query(ui.comparison_url("http://h", "7", "ann's"))
-    assert query["searchFilter"] == ['tags.`dtr.comparison` = "ann\'s"']
+from tests.experiments.test_mlflow_links import fragment_query
 
 
 def test_ui_command_leaves_out_the_store_that_would_be_found_anyway(tmp_path, monkeypatch):
@@ -91,12 +75,17 @@ def test_pages_of_the_latest_comparison(store):
         tags = {"dtr.comparison": name, "dtr.kind": "comparison"}
         run_id = client.create_run(experiment_id, start_time=1000 + order, tags=tags).info.run_id
     pages = ui._pages(client, experiment_id, "digits", "latest")
-    assert list(pages) == ["runs"]  # no report yet, so no link to it
+    assert list(pages) == ["runs", "charts"]  # no report yet, so no link to it
+    modes = [fragment_query(page)["compareRunsMode"] for page in pages.values()]
+    assert modes == [["TABLE"], ["CHART"]]
     assert fragment_query(pages["runs"])["viewStateShareKey"][0] in str(client.get_experiment(experiment_id).tags)
     client.log_text(run_id, "<p>report</p>", "report.html")
     pages = ui._pages(client, experiment_id, "digits", "new")
-    assert pages["report"] == ui.artifact_url("", experiment_id, run_id, "report.html")
+    assert pages["report"] == artifact_url("", experiment_id, run_id, "report.html")
     assert run_id in pages["report"]
+    of_all = ui._pages(client, experiment_id, "digits", None)
+    assert of_all["report"] == pages["report"], "the newest one there is"
+    assert fragment_query(of_all["runs"]) != fragment_query(pages["runs"])
 
 
 def test_a_store_that_takes_no_view_gets_the_plain_link(store, monkeypatch, capsys):
@@ -109,7 +98,7 @@ def test_a_store_that_takes_no_view_gets_the_plain_link(store, monkeypatch, caps
 
     monkeypatch.setattr(client, "set_experiment_tag", refuse)
     pages = ui._pages(client, experiment_id, "digits", "new")
-    assert pages == {"runs": ui.comparison_url("", experiment_id, "new")}
+    assert pages["runs"] == runs_url("", experiment_id, "new")
     assert "read only" in capsys.readouterr().err
 
 

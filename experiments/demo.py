@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of each method (default: 0 1)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps per run (default: %(default)s)")
+    parser.add_argument(
+        "--no-affinity", action="store_true", help="do not measure what the intervals do to each other (saves a third)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side (default: %(default)s)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="checkpoints (default: %(default)s)")
@@ -67,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
         ]
         if report_failures(run_trainings(jobs, workers=args.workers)):
             return 1
-        print("\nMeasuring what the intervals do to each other …")
-        if report_failures(run_trainings(_measurements(uri, comparison, out, args), workers=args.workers)):
-            return 1
+        if not args.no_affinity:
+            print("\nMeasuring what the intervals do to each other …")
+            if report_failures(run_trainings(_measurements(uri, comparison, out, args), workers=args.workers)):
+                return 1
         print("\nComparing …")
         summary = compare(uri, experiment=EXPERIMENT, comparison=comparison, out=out)
         status = "FINISHED"

@@ -27,7 +27,11 @@ COLUMNS = (
     *(f"metrics.`{metric}`" for metric in ("loss/val", "conflict/mean_rate")),
 )
 ORDER_BY = f"tags.`{TAG_METHOD}`"
-IMAGES = ("conflict_cosine", "affinity_look_ahead", "affinity_fine_tuning", "affinity_representation", "samples")
+IMAGES = {
+    "images": ("conflict_cosine", "affinity_look_ahead", "affinity_representation"),
+    "more images": ("affinity_fine_tuning", "samples"),
+}
+"""Section -> images. The first section stands above all curves, so it must not take more than one row."""
 CURVES = {
     "loss": ("loss/val", "loss/train"),
     "conflict": ("conflict/mean_rate", "conflict/rate", "conflict/mean_cosine"),
@@ -87,7 +91,12 @@ def view_state(comparison: str | None, image_steps: Mapping[str, int]) -> dict[s
         comparison: The ``dtr.comparison`` tag to filter on; None for all runs.
         image_steps: Image key -> step to show at first; images without one are left out.
     """
-    charts = [_image_chart(key, image_steps[key]) for key in IMAGES if key in image_steps]
+    charts = [
+        _image_chart(section, key, image_steps[key])
+        for section, keys in IMAGES.items()
+        for key in keys
+        if key in image_steps
+    ]
     charts += [_line_chart(section, metric) for section, metrics in CURVES.items() for metric in metrics]
     return {
         "searchFilter": runs_filter(comparison),
@@ -101,7 +110,7 @@ def view_state(comparison: str | None, image_steps: Mapping[str, int]) -> dict[s
         "columnOrder": [],
         "columnWidths": {},
         "runsHiddenMode": "SHOWALL",  # else runs after the tenth are not drawn
-        "compareRunSections": [_section(name) for name in ("images", *CURVES)],
+        "compareRunSections": [_section(name) for name in ("images", *CURVES, "more images")],
         "compareRunCharts": charts,
         "isAccordionReordered": True,
     }
@@ -109,16 +118,20 @@ def view_state(comparison: str | None, image_steps: Mapping[str, int]) -> dict[s
 
 def _section(name: str) -> dict[str, Any]:
     common = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-    return {"uuid": f"dtr-section-{name}", "name": name} | common
+    return {"uuid": _section_id(name), "name": name} | common
 
 
 def _chart(section: str, key: str) -> dict[str, Any]:
     common = {"runsCountToCompare": 100, "deleted": False, "isGenerated": False}
-    return {"uuid": f"dtr-chart-{key}", "metricSectionId": f"dtr-section-{section}"} | common
+    return {"uuid": f"dtr-chart-{key}", "metricSectionId": _section_id(section)} | common
 
 
-def _image_chart(key: str, step: int) -> dict[str, Any]:
-    return _chart("images", key) | {"type": "IMAGE", "imageKeys": [key], "step": step, "showRunParams": False}
+def _section_id(name: str) -> str:
+    return f"dtr-section-{name.replace(' ', '-')}"
+
+
+def _image_chart(section: str, key: str, step: int) -> dict[str, Any]:
+    return _chart(section, key) | {"type": "IMAGE", "imageKeys": [key], "step": step, "showRunParams": False}
 
 
 def _line_chart(section: str, metric: str) -> dict[str, Any]:

@@ -26,8 +26,8 @@ _MISSING = ((0xC4, 0xC4, 0xC4), (0xA0, 0xA0, 0xA0))
 
 _SIZE = 512
 _MIN_SIZE = 192
-_ASPECT = 26 / 32
-"""Height over width: what MLflow's card of images shows without scrolling, so that no label is hidden below its edge."""
+_FILLED = 0.8
+"""The share of the picture's height that is drawn on; MLflow's card of images hides what is below, labels included."""
 _FONT = 21  # in an image of 512 pixels: ten pixels high once MLflow has halved it
 
 
@@ -54,10 +54,10 @@ def heatmap_image(
         vmax: Upper end of the range.
         colors: ``"diverging"`` for signed values (orange below zero, white at zero, blue above, equally strong at
             equal distance) or ``"sequential"`` for magnitudes (darker is more).
-        size: Width of the image in pixels, at least 192.
+        size: Height and width of the image in pixels, at least 192. The foot stays white.
 
     Returns:
-        uint8, (13/16 size, size, 3).
+        uint8, (size, size, 3).
 
     Raises:
         ValueError: If shapes, labels, range or size do not fit.
@@ -101,8 +101,8 @@ class _Canvas:
     def __init__(
         self, size: int, title: str, labels: Sequence[str], column_labels: Sequence[str], bar_labels: Sequence[str]
     ) -> None:
-        height = round(_ASPECT * size)
-        self.image = Image.new("RGB", (size, height), "white")
+        height = round(_FILLED * size)
+        self.image = Image.new("RGB", (size, size), "white")
         self._draw = ImageDraw.Draw(self.image)
         self._unit = size / _SIZE
         self._font = ImageFont.load_default(size=_FONT * self._unit)
@@ -116,8 +116,8 @@ class _Canvas:
         self._area_width = size - self._margin - right
         longest = max(self._width(label) for label in column_labels)
         self._turned = longest + 2 * self._unit > self._area_width / len(column_labels)
-        below = min(longest, size // 3) if self._turned else _FONT * self._unit
-        self._area_height = height - self._top - round(below) - 2 * self._gap
+        self._below = min(longest, size // 3) if self._turned else round(_FONT * self._unit)
+        self._area_height = height - self._top - self._below - 2 * self._gap
 
     def paste_matrix(self, pixels: np.ndarray) -> None:
         """Enlarges (R, C, 3) to the plot area, without blurring, and hatches black cells."""
@@ -146,7 +146,7 @@ class _Canvas:
                 y = self._top + self._area_height + self._gap
                 self._draw.text((x, y), label, fill=_INK, font=self._font, anchor="mt")
                 continue
-            text = self._cut(label, self.image.height - self._top - self._area_height - 2 * self._gap)
+            text = self._cut(label, self._below)
             turned = self._text_image(text).rotate(90, expand=True)
             self.image.paste(turned, (round(x - turned.width / 2), self._top + self._area_height + self._gap))
 

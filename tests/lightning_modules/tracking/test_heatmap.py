@@ -12,7 +12,7 @@ COLUMNS = ["000", "125", "250", "375", "500", "625", "750", "875"]
 def middle(value, **options):
     """Colours around the middle of the only cell."""
     image = heatmap_image(np.array([[value]], dtype=float), ["a"], title="t", **options)
-    row, column = image.shape[0] // 2, image.shape[1] // 2
+    row, column = image.shape[0] * 2 // 5, image.shape[1] // 2  # the foot is white
     return image[row - 20 : row + 20, column - 20 : column + 20].astype(int).reshape(-1, 3)
 
 
@@ -61,7 +61,8 @@ def test_first_row_is_at_the_top_and_first_column_at_the_left():
 def test_any_shape_and_label_length_fits(rows, columns, size):
     labels = [f"blocks.{row}.a_very_long_name_of_a_layer" for row in range(rows)]
     image = heatmap_image(np.zeros((rows, columns)), labels, title="w" * 200, column_labels=["t"] * columns, size=size)
-    assert image.shape == (round(size * 13 / 16), size, 3)
+    assert image.shape == (size, size, 3)
+    assert (image[round(0.8 * size) :] == 255).all(), "MLflow's card of images cuts the foot off"
     assert image.dtype == np.uint8
 
 
@@ -79,7 +80,7 @@ def test_columns_of_intervals_go_by_their_start_and_stand_upright_while_there_is
     turned = heatmap_image(np.full((40, 40), np.nan), many, title="")
     # The hatched matrix ends higher where labels of three digits stand on end.
     ends = [np.flatnonzero(np.isin(image[:, 256, 0], (0xC4, 0xA0)))[-1] for image in (upright, turned)]
-    assert ends[0] > 360
+    assert ends[0] > 350
     assert ends[1] < ends[0]
 
 

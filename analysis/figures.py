@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
-import xarray as xr
 
-from analysis import activations, convergence, frames
+from analysis import convergence, frames
+from analysis.channel_figures import (
+    channel_count_figure,
+    channels_figure,
+    effective_by_block_figure,
+    effective_channels_figure,
+    specialisation_figure,
+)
 from analysis.conflict_figures import (
     affinity_figure,
     blocks_figure,
@@ -17,33 +23,49 @@ from analysis.conflict_figures import (
     raw_vs_corrected_figure,
     update_figure,
 )
-from analysis.methods import method_name, ordered, reference_method
-from analysis.panels import ReportFigure, Runs, keep_outer_labels, panels
-from analysis.plots.channels import plot_channel_usage, plot_effective_channels
+from analysis.methods import method_name, reference_method
+from analysis.panels import ReportFigure, ReportSection, Runs, panels
 from analysis.plots.curves import plot_curves
 from analysis.plots.intervals import plot_interval_change, plot_interval_loss
+from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
+
+Maker = Callable[[Runs], ReportFigure | None]
 
 
-def report_figures(runs: Runs, curves: pd.DataFrame) -> list[ReportFigure]:
-    """All figures that these runs have data for, in the order of the report.
+def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
+    """All figures that these runs have data for, in the sections and the order of the report.
 
     Args:
         runs: What was compared; all must measure the same intervals.
         curves: `frames.curves_frame` of it.
     """
-    makers: list[tuple[str, Callable[[Runs], ReportFigure | None]]] = [
-        ("val_loss", lambda _: curves_figure(curves)),
-        ("val_loss", intervals_figure),
-        ("gramian", conflict_figure),
-        ("gramian", raw_vs_corrected_figure),
-        ("gramian", lambda usable: conflict_rate_figure(usable, curves)),
-        ("gramian", blocks_figure),
-        ("gramian", update_figure),
-        ("gramian", noise_figure),
-        ("gramian", affinity_figure),
-        ("activation_mean_square", channels_figure),
-        ("activation_mean_square", effective_channels_figure),
-    ]
+    makers: dict[str, list[tuple[str, Maker]]] = {
+        "Convergence": [("val_loss", lambda _: curves_figure(curves)), ("val_loss", intervals_figure)],
+        "Gradient conflict": [
+            ("gramian", conflict_figure),
+            ("gramian", raw_vs_corrected_figure),
+            ("gramian", lambda usable: conflict_rate_figure(usable, curves)),
+            ("gramian", blocks_figure),
+            ("gramian", update_figure),
+            ("gramian", noise_figure),
+        ],
+        "Task affinity": [("gramian", affinity_figure)],
+        "Channels": [
+            ("activation_mean_square", channels_figure),
+            ("activation_mean_square", channel_count_figure),
+            ("activation_mean_square", lambda usable: effective_channels_figure(usable, curves)),
+            ("activation_mean_square", effective_by_block_figure),
+            ("activation_mean_square", specialisation_figure),
+            ("activation_mean_square", routing_budget_figure),
+            ("activation_mean_square", channel_overlap_figure),
+        ],
+    }
+    sections = [ReportSection(title, _made(own, runs)) for title, own in makers.items()]
+    return [section for section in sections if section.figures]
+
+
+def _made(makers: list[tuple[str, Maker]], runs: Runs) -> list[ReportFigure]:
+    """The figures whose variable some of the runs have, of these runs."""
     made = [maker(usable) for variable, maker in makers if (usable := [run for run in runs if variable in run])]
     return [figure for figure in made if figure is not None]
 
@@ -90,55 +112,3 @@ def intervals_figure(runs: Runs) -> ReportFigure:
         "better. A bar whose dots lie on both sides of zero is not a difference.",
         figure,
     )
-
-
-def channels_figure(runs: Runs) -> ReportFigure:
-    """Channel energy by task in the middle block, for the first run of each method."""
-    methods = ordered(run.attrs["method"] for run in runs)
-    figure, axes = panels(1, len(methods), height=3.0)
-    for column, method in enumerate(methods):
-        energy = _last_energy(next(run for run in runs if run.attrs["method"] == method))
-        block = str(energy["block"].values[energy.sizes["block"] // 2])
-        shown = energy.sel(block=block)
-        plot_channel_usage(
-            shown / shown.mean("channel"),
-            title=f"{method_name(method)}, {block}",
-            colorbar=column == len(methods) - 1,
-            ax=axes[0][column],
-        )
-    keep_outer_labels(axes)
-    return ReportFigure(
-        "channels",
-        "Who uses which channels",
-        "Energy of each channel at the input of the middle block's branches while each interval is processed (first "
-        "seed, end of training); white is unused. Routing shows as a band that moves with t (DTR), or thins every "
-        "channel alike (random routing, since its masks change with every timestep).",
-        figure,
-    )
-
-
-def effective_channels_figure(runs: Runs) -> ReportFigure:
-    """Effective share of channels by task and method."""
-    methods = ordered(run.attrs["method"] for run in runs)
-    shares = []
-    for method in methods:
-        own = [_last_energy(run) for run in runs if run.attrs["method"] == method]
-        share = [activations.effective_channels(energy) / energy.notnull().sum("channel") for energy in own]
-        # Over blocks first: the runs of a method need not have the same ones.
-        means = [of_run.mean("block") for of_run in share]
-        shares.append(sum(means[1:], means[0]) / len(means))
-    figure, axes = panels(1, 1, width=6.0, height=3.8)
-    plot_effective_channels(xr.concat(shares, pd.Index(methods, name="method")), ax=axes[0][0])
-    return ReportFigure(
-        "effective_channels",
-        "How many channels carry a task",
-        "Effective share of channels at the branches' input (participation ratio of their energies: 1 if all channels "
-        "carry the same energy, 1/C if one carries all), mean over blocks and seeds. Look for intervals that live in "
-        "few channels.",
-        figure,
-    )
-
-
-def _last_energy(run: xr.Dataset) -> xr.DataArray:
-    """Mean square (block, task, channel) of what the blocks' branches read, at the end of training."""
-    return run["activation_mean_square"].isel(activation_step=-1, drop=True).sel(site="input", drop=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 
 import pandas as pd
 import xarray as xr
 
-from analysis.figures import ReportFigure
 from analysis.methods import method_name, ordered
+from analysis.panels import ReportFigure, ReportSection
 from analysis.summary import Verdict, readable
 from lightning_modules.tracking.records import RunManifest
 
@@ -24,7 +25,10 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1f1f1f; background: #fff;
   margin: 0 auto; padding: 1.2rem; max-width: 68rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+h2 { font-size: 1.35rem; margin: 2.4rem 0 .5rem; border-bottom: 1px solid #ccc; }
+h3 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
+nav { margin: 1rem 0; } nav a { margin-right: 1rem; }
+a { color: #0063a3; }
 .lead { color: #555; margin: 0 0 1rem; }
 .verdict { background: #eef4fa; border-left: 4px solid #0072b2; padding: .6rem 1rem; }
 .warning { background: #fdf3e1; border-left: 4px solid #e69f00; padding: .6rem 1rem; margin-top: .8rem; }
@@ -41,7 +45,8 @@ figcaption, .note { color: #444; font-size: .92rem; max-width: 52rem; }
 @media screen and (max-width: 600px) { body { padding: .8rem; } figure .wide img { max-width: none; width: 46rem; }
   figure .wide img.narrow { width: 30rem; } }
 @media print { body { font-size: 11px; max-width: none; padding: 0; } .wide { overflow: visible; }
-  figure, tr, .verdict, .warning { break-inside: avoid; } h2 { break-after: avoid; } table { font-size: 8px; } }
+  figure, tr, .verdict, .warning { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  nav { display: none; } table { font-size: 8px; } }
 """
 
 _NOTES = """
@@ -62,7 +67,7 @@ def render_report(
     summary: pd.DataFrame,
     said: Verdict,
     table: pd.DataFrame,
-    figures: Sequence[ReportFigure],
+    sections: Sequence[ReportSection],
     *,
     title: str,
 ) -> str:
@@ -73,23 +78,25 @@ def render_report(
         summary: `summary.summary_frame` of it.
         said: `summary.verdict` of it.
         table: `frames.runs_frame` of it.
-        figures: `figures.report_figures` of it.
+        sections: `figures.report_sections` of it.
         title: Headline.
     """
+    names = ["Summary", *(section.title for section in sections), "Runs", "Settings", "How to read this"]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(_what_was_compared(runs))}</p>',
         f'<div class="verdict"><strong>Verdict</strong>{_list(said.findings)}</div>',
         f'<div class="warning"><strong>Before you believe it</strong>{_list(said.warnings)}</div>'
         * bool(said.warnings),
-        "<h2>Summary</h2>",
+        "<nav>" + " ".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in names) + "</nav>",
+        _headline("Summary"),
         _table(readable(summary)),
-        *(_figure(figure) for figure in figures),
-        "<h2>Runs</h2>",
+        *(_section(section) for section in sections),
+        _headline("Runs"),
         _table(_readable_runs(table)),
-        "<h2>Settings</h2>",
+        _headline("Settings"),
         _table(_settings(runs)),
-        f'<h2>How to read this</h2><p class="note">{escape(_NOTES.strip())}</p>',
+        f'{_headline("How to read this")}<p class="note">{escape(_NOTES.strip())}</p>',
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -129,12 +136,24 @@ def _table(table: pd.DataFrame) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
+def _headline(title: str) -> str:
+    return f'<h2 id="{_anchor(title)}">{escape(title)}</h2>'
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def _section(section: ReportSection) -> str:
+    return "\n".join([_headline(section.title), *(_figure(figure) for figure in section.figures)])
+
+
 def _figure(figure: ReportFigure) -> str:
     data = base64.b64encode(figure.png).decode()
     title, caption = escape(figure.title), escape(figure.caption)
     narrow = ' class="narrow"' if figure.figure.get_figwidth() < 8 else ""
     image = f'<img{narrow} src="data:image/png;base64,{data}" alt="{title}">'
-    return f'<h2>{title}</h2>\n<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>'
+    return f'<h3>{title}</h3>\n<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _readable_runs(table: pd.DataFrame) -> pd.DataFrame:

@@ -71,7 +71,7 @@ def compare(
 ) -> pd.DataFrame:
     """Compares training runs, writes what it finds, and logs it to MLflow.
 
-    Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv`` and ``figures/*.png``.
+    Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv``, ``figures/*.{png,pdf}``.
     Logged to the parent run of the comparison (see `comparisons.create_comparison`), which is finished by it; runs from
     several comparisons get a parent of their own.
 
@@ -92,7 +92,7 @@ def compare(
     Raises:
         UserInputError: If the runs cannot be loaded or compared, or ``out`` cannot be written to.
     """
-    from analysis.figures import report_figures
+    from analysis.figures import report_sections
     from analysis.frames import curves_frame, interval_losses, runs_frame
     from analysis.report import render_report
     from analysis.runs import locate_store
@@ -110,16 +110,16 @@ def compare(
     summary = summary_frame(table, curves)
     said = verdict(runs, summary, curves)
     said.warnings.extend(left_out)
-    figures = report_figures(runs, curves)
+    sections = report_sections(runs, curves)
     title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
-    page = render_report(runs, summary, said, table, figures, title=title)
+    page = render_report(runs, summary, said, table, sections, title=title)
     tables = {
         "summary": summary.reset_index(),
         "runs": table,
         "curves": curves,
         "interval_losses": interval_losses(runs),
     }
-    _write(folder, tables, figures, page)
+    _write(folder, tables, [figure for section in sections for figure in section.figures], page)
     parent = _log(uri, runs, name, folder, summary, said) if log else ""
     summary.attrs = {"findings": said.findings, "warnings": said.warnings, "out": str(folder), "run_id": parent}
     return summary
@@ -225,6 +225,7 @@ def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[R
         table.to_csv(folder / TABLES_DIR / f"{name}.csv", index=False)
     for figure in figures:
         (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(figure.png)
+        (folder / FIGURES_DIR / f"{figure.name}.pdf").write_bytes(figure.pdf)
     (folder / REPORT).write_text(page, encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 
 from analysis import affinity, convergence, frames
 from analysis.methods import METHOD_NAMES
-from analysis.plots.channels import plot_channel_usage, plot_effective_channels
 from analysis.plots.curves import plot_conflict_rate, plot_curves
 from analysis.plots.intervals import plot_interval_change, plot_interval_loss
 from analysis.plots.matrices import plot_conflict_matrix, plot_overlap
@@ -98,17 +97,6 @@ def test_interval_plots(runs, ax):
     heights = [bar.get_height() for bar in other.patches[K:]]
     expected = changes[changes.method == "dtr"].groupby("task")["change"].mean()
     assert heights == pytest.approx(expected.tolist())
-
-
-def test_channel_plots(runs, ax):
-    energy = runs[3].activation_mean_square.isel(activation_step=-1).sel(block="blocks.0", site="input")
-    plot_channel_usage(energy / energy.mean("channel"), ax=ax)
-    assert ax.images[0].get_array().mask.sum() == (energy == 0).sum()  # unused channels have no colour
-    share = xr.DataArray(
-        np.full((2, K), 0.5), dims=("method", "task"), coords={**energy.task.coords, "method": ["dtr", "baseline"]}
-    )
-    lines = plot_effective_channels(share, ax=Figure().subplots()).lines
-    assert [len(line.get_ydata()) for line in lines] == [K, K]
 
 
 def test_plots_make_their_own_axes_when_given_none(runs):

@@ -6,9 +6,11 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from analysis import figures as drawing
 from analysis.runs import load_runs
 from experiments.__main__ import main
-from experiments.compare import compare, create_comparison, print_summary
+from experiments.compare import compare, print_summary
+from experiments.comparisons import create_comparison
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from tests.analysis import synthetic
@@ -31,6 +33,20 @@ def artifacts(client, run_id, path=None):
     return {Path(item.path).name for item in client.list_artifacts(run_id, path)}
 
 
+@pytest.fixture(autouse=True)
+def few_figures(request, monkeypatch):
+    """Draws one figure only, where a test is about other things."""
+    if request.node.name == "test_compare_writes_and_logs":
+        return
+    sections = drawing.report_sections
+
+    def one(runs, curves):
+        kept = ["val_loss", "val_quarter_loss", "train_loss", "quarter_timesteps"]
+        return sections([run[[name for name in kept if name in run]].assign_attrs(run.attrs) for run in runs], curves)
+
+    monkeypatch.setattr(drawing, "report_sections", one)
+
+
 def test_compare_writes_and_logs(store, tmp_path):
     summary = compare(store, experiment=synthetic.EXPERIMENT, comparison="c-one", out=tmp_path)
     assert list(summary.index) == ["baseline", "dtr"]
@@ -48,7 +64,14 @@ def test_compare_writes_and_logs(store, tmp_path):
     assert parent.info.status == "FINISHED"
     assert "DTR ends lower" in parent.data.tags["mlflow.note.content"]
     assert artifacts(client, parent.info.run_id) == {"report.html", "tables", "figures"}
-    assert artifacts(client, parent.info.run_id, "figures") == figures
+    papers = {path.name for path in (tmp_path / "figures").glob("*.pdf")}
+    assert {name.removesuffix(".pdf") for name in papers} == {name.removesuffix(".png") for name in figures}
+    assert all(path.read_bytes().startswith(b"%PDF") for path in (tmp_path / "figures").glob("*.pdf"))
+    assert artifacts(client, parent.info.run_id, "figures") == figures | papers
+    for run in client.search_runs(
+        [parent.info.experiment_id], filter_string="tags.`dtr.kind` = 'training' and tags.`dtr.comparison` = 'c-one'"
+    ):
+        assert f"/runs/{parent.info.run_id}/artifacts/report.html" in run.data.tags["mlflow.note.content"]
 
 
 def test_comparing_again_reuses_the_parent_and_does_not_compare_it(store, tmp_path):
@@ -131,7 +154,7 @@ def test_runs_that_cannot_be_compared(store, tmp_path):
 
 
 def test_unwritable_output_is_refused_before_any_figure(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("analysis.figures.report_figures", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("analysis.figures.report_sections", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "tables").touch()

@@ -1,0 +1,220 @@
+"""The figures about channels: which task uses which, how many, and which belong to whom."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from analysis import activations, convergence, frames, grouping, routing_budget
+from analysis.methods import method_name
+from analysis.panels import ReportFigure, Runs, keep_outer_labels, panels
+from analysis.plots.channel_shares import plot_block_task_shares, plot_specialisation, plot_usage_by_block
+from analysis.plots.channels import plot_channel_usage, plot_mask_use, plot_task_shares
+from analysis.plots.curves import plot_curves
+
+_BLOCK_INCHES = 0.3
+_TASK_INCHES = 0.16
+_SITES: tuple[tuple[activations.Site, str], ...] = (("input", "read"), ("update", "written"))
+
+
+def channels_figure(runs: Runs, shown_blocks: int = 4) -> ReportFigure:
+    """Energy of every channel by task, below the mask, for the first run of each method.
+
+    Args:
+        runs: What is compared.
+        shown_blocks: How many blocks to draw at most, from the first to the last.
+    """
+    chosen = [own[0] for own in grouping.group_by_method(runs).values()]
+    rows = 1 + min(shown_blocks, max(run.sizes["block"] for run in chosen))
+    figure, axes = panels(rows, len(chosen), height=max(2.0, 0.6 + _TASK_INCHES * runs[0].sizes["task"]))
+    for column, run in enumerate(chosen):
+        last = column == len(chosen) - 1
+        use, energy = routing_budget.mask_use(run), activations.pooled_energy(run)
+        blocks = _spread(energy["block"].values, shown_blocks)
+        title = f"{method_name(run.attrs['method'])}: {'mask' if 'mask' in run else 'no mask'}"
+        plot_mask_use(use.sel(block=blocks[0]), title=title, colorbar=last, ax=axes[0][column])
+        for ax, block in zip(axes[1:, column], blocks, strict=False):
+            own = energy.sel(block=block)
+            allowed = use.sel(block=block) > 0
+            plot_channel_usage(own / own.mean("channel"), allowed=allowed, title=block, colorbar=last, ax=ax)
+        for ax in axes[1 + len(blocks) :, column]:
+            ax.set_axis_off()
+    keep_outer_labels(axes)
+    return ReportFigure(
+        "channels",
+        "Who uses which channels",
+        "Top: the share of an interval's timesteps at which the mask lets it use each channel of the first block drawn "
+        "(black: all of them; a plain model has no mask). Below, block by block: the energy of each channel at the "
+        "input of the block's branches while an interval is processed, relative to the mean (first seed, last quarter "
+        "of training); white is unused, the orange line encloses what the mask allows. Look for a band that moves with "
+        "t (DTR); random routing thins every channel alike, since its masks change with every timestep. Vertical "
+        "stripes are channels that are strong or weak for everyone, also without a mask.",
+        figure,
+    )
+
+
+def channel_count_figure(runs: Runs) -> ReportFigure:
+    """Used, silent, masked and dead channels of each block, of what its branches read and write."""
+    by_method = grouping.group_by_method(runs)
+    blocks = max(run.sizes["block"] for run in runs)
+    figure, axes = panels(len(_SITES), len(by_method), height=1.1 + _BLOCK_INCHES * blocks)
+    for row, (site, words) in enumerate(_SITES):
+        for column, (method, own) in enumerate(by_method.items()):
+            alike = grouping.with_same_blocks(own)
+            usage = grouping.mean_over_runs([routing_budget.run_usage(run, site).mean("task") for run in alike])
+            title = f"{method_name(method)}: {words}"
+            plot_usage_by_block(usage, title=title, legend=False, ax=axes[row][column])
+    keep_outer_labels(axes)
+    _name_rows_once(axes)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+    return ReportFigure(
+        "channel_counts",
+        "Used, silent and dead channels",
+        "The share of a block's channels that an interval uses (energy above a ten-thousandth of the block's mean), "
+        "leaves silent although it may use them, or is kept from by the mask at all of its timesteps; mean over "
+        "intervals and seeds, last quarter of training. Top: what the block's branches read. Bottom: what they add, "
+        "which no mask touches. The number at the right counts the channels that no interval uses. Look for blocks "
+        "with silent or dead channels: width that does nothing. (The probes may have missed a channel that the mask "
+        "allows at a few timesteps only.)",
+        figure,
+    )
+
+
+def effective_channels_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
+    """Effective channels by task at the end of training, and over training.
+
+    Args:
+        runs: What is compared.
+        curves: `frames.curves_frame` of it.
+    """
+    figure, axes = panels(1, 2, width=5.2, height=3.8)
+    by_task = _with_method([routing_budget.run_usage(run)["effective_share"].mean("block") for run in runs], runs)
+    mean = by_task.groupby("method").mean()
+    plot_task_shares(by_task, mean=mean, top=1, ylabel="effective share of channels", ax=axes[0][0])
+    aligned = convergence.aligned_curves(curves, frames.EFFECTIVE_CHANNELS)
+    plot_curves(
+        aligned,
+        mean=convergence.mean_curves(aligned),
+        ylabel="effective channels of a block",
+        is_loss=False,
+        ax=axes[0][1],
+    )
+    return ReportFigure(
+        "effective_channels",
+        "How many channels carry a task",
+        "Left: effective share of the channels that the blocks' branches read (participation ratio of their energies: "
+        "1 if all channels carry the same energy, 1/C if one carries all), mean over blocks, last quarter of training. "
+        "Right: the effective number over training, mean over blocks and intervals. Thin lines are seeds. Look for "
+        "intervals that live in few channels, and whether that is so without a mask, too.",
+        figure,
+    )
+
+
+def effective_by_block_figure(runs: Runs) -> ReportFigure:
+    """Effective share of channels by block and task."""
+    by_method = grouping.group_by_method(runs)
+    blocks = max(run.sizes["block"] for run in runs)
+    figure, axes = panels(1, len(by_method), height=max(3.2, 1.4 + 0.7 * _BLOCK_INCHES * blocks))
+    by_block = {
+        method: grouping.mean_over_runs(
+            [routing_budget.run_usage(run)["effective_share"] for run in grouping.with_same_blocks(own)]
+        )
+        for method, own in by_method.items()
+    }
+    top = max(float(share.max()) for share in by_block.values())
+    for column, (method, share) in enumerate(by_block.items()):
+        plot_block_task_shares(
+            share,
+            top=top,
+            label="effective share",
+            title=method_name(method),
+            colorbar=column == len(by_block) - 1,
+            ax=axes[0][column],
+        )
+    _name_rows_once(axes)
+    return ReportFigure(
+        "effective_channels_by_block",
+        "Where in the network few channels carry a task",
+        "The effective share of the channels that a block's branches read, while an interval is processed; mean over "
+        "seeds, last quarter of training, one scale. Look for dark blocks, in which a few channels carry almost all "
+        "energy, and for rows that change with the noise.",
+        figure,
+    )
+
+
+def specialisation_figure(runs: Runs, shown_blocks: int = 8) -> ReportFigure:
+    """How specialised channels are by block and method, and which tasks they belong to.
+
+    Args:
+        runs: What is compared.
+        shown_blocks: How many blocks to draw at most, from the first to the last.
+    """
+    by_method = grouping.group_by_method(runs)
+    alike = [run for own in by_method.values() for run in grouping.with_same_blocks(own)]
+    table, reference = _specialisation_tables(alike, shown_blocks)
+    rows = table["block"].nunique() * len(by_method)
+    figure, axes = panels(1, 2, width=5.6, height=max(4.0, 1.4 + 0.8 * _BLOCK_INCHES * rows))
+    plot_specialisation(table, reference=reference, ax=axes[0][0])
+    preferring = _with_method([_preferring(run) for run in runs], runs)
+    plot_task_shares(
+        preferring,
+        mean=preferring.groupby("method").mean(),
+        reference=1 / preferring.sizes["task"],
+        ylabel="share of channels that prefer the interval",
+        ax=axes[0][1],
+    )
+    return ReportFigure(
+        "specialisation",
+        "Do channels belong to intervals?",
+        "Left: how far the energy of a channel belongs to few intervals (1 less the relative entropy of its shares, "
+        "after dividing by each interval's total), boxes over the channels of all seeds at the branches' input "
+        "(quartiles, whiskers from 5 to 95 %), on a square-root scale. The black line is what a channel that all "
+        "intervals use alike would show for the noise of these few probes alone: boxes close to it say nothing. Right: "
+        "to which interval channels give their largest share; the dashed line is an equal division. Routing must show "
+        "here; look whether the plain model specialises on its own, and in which blocks.",
+        figure,
+    )
+
+
+def _spread(names: np.ndarray, most: int) -> list[str]:
+    """So many of the blocks at most, evenly from the first to the last."""
+    at = np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int)
+    return [str(name) for name in names[at]]
+
+
+def _specialisation_tables(runs: Runs, most: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Specialisation of every channel (method, block, specialisation), and the reference by method and block."""
+    channels, references = [], []
+    for run in runs:
+        late = activations.late_energy(run)
+        late = late.sel(block=_spread(late["block"].values, most))
+        special = activations.channel_profile(late.mean(activations.STEP))["specialisation"]
+        noise = activations.unspecialised_reference(late).median("channel")
+        method = run.attrs["method"]
+        channels.append(special.to_dataframe("specialisation").reset_index().dropna().assign(method=method))
+        references.append(noise.to_dataframe("value").reset_index().assign(method=method))
+    table = pd.concat(references).groupby(["method", "block"], as_index=False)[["value"]].mean()
+    return pd.concat(channels, ignore_index=True)[["method", "block", "specialisation"]], table
+
+
+def _preferring(run: xr.Dataset) -> xr.DataArray:
+    """Share of the channels that prefer each task, mean over blocks: (task)."""
+    profile = activations.channel_profile(activations.pooled_energy(run))
+    return activations.specialisation_by_block(profile)["preferring"].mean("block")
+
+
+def _with_method(shares: list[xr.DataArray], runs: Runs) -> xr.DataArray:
+    """A share (task) of every run: (run, task) with the run's method."""
+    return grouping.stack_runs(shares).assign_coords(method=("run", [run.attrs["method"] for run in runs]))
+
+
+def _name_rows_once(axes: np.ndarray) -> None:
+    """Leaves the names of rows at the left panel only where the others have the same."""
+    for row in axes:
+        names = [[label.get_text() for label in ax.get_yticklabels()] for ax in row]
+        for ax, own in zip(row[1:], names[1:], strict=True):
+            if own == names[0]:
+                ax.tick_params(labelleft=False)

@@ -1,8 +1,7 @@
 """One run's telemetry folder (Parquet shards, manifest, masks) -> one `xarray.Dataset`, reduced while reading.
 
-A long run writes millions of per-timestep rows. They are summed into moments per task, per part of a task in a
-quarter of T, and per timestep as each shard is read, so memory follows the result and not the length of the run.
-Gramians and activation moments are already small and are kept per step.
+Losses are summed up, and all else is put in its place, as each shard is read, so that memory follows the result and not
+the length of the run: `loss_moments`, `gramian_rows`, `channel_moments` and `measurements` each read their tables.
 
 The probes run on schedules of their own, so each has its own step dimension (``train_step``, ``val_step``,
 ``gradient_step``, ``activation_step``): no padding, and no missing value that is not a real gap.
@@ -10,31 +9,21 @@ The probes run on schedules of their own, so each has its own step dimension (``
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import xarray as xr
 
-from analysis.gramians import STEP, gramian_arrays, task_coordinates
+from analysis.channel_moments import read_activations
+from analysis.gramian_rows import read_gramians
+from analysis.gramians import task_coordinates
+from analysis.loss_moments import read_losses
 from analysis.measurements import read_representation, read_transfer
-from analysis.shards import Shard, codes, list_shards, read_manifest, stack_lists
+from analysis.shards import Shard, list_shards, read_manifest, reduce_shards
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from lightning_modules.tracking.records import RunManifest
-
-SPLITS = ("train", "val")
-QUANTITIES = ("mse", "vb")
-MOMENTS = ("count", "sum", "sum_sq")
-SITES = ("input", "update")
-QUARTERS = 4
-ACTIVATION_MOMENTS = ("mean", "mean_square", "active_fraction")
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def read_telemetry(folder: Path) -> xr.Dataset:
@@ -56,7 +45,7 @@ def read_telemetry(folder: Path) -> xr.Dataset:
           (gradient_step, task, half), and ``coverage`` (gradient_step): share of parameters they are exact for.
         - ``activation_mean``, ``activation_mean_square``, ``activation_active_fraction``
           (activation_step, block, site, task, channel) and ``activation_count`` (without channel). Blocks with fewer
-          channels than the widest are filled with NaN.
+          channels than the widest are filled with NaN. The first and the third stay on disk until they are looked at.
         - ``mask`` (block, timestep, channel) of a routed run.
         - ``training_seconds`` (clock_step): time in training steps since step 0.
         - what `dtr-lab affinity` measured: see `measurements`.
@@ -72,9 +61,9 @@ def read_telemetry(folder: Path) -> xr.Dataset:
     shards = list_shards(folder)
     parts = [
         _task_coordinates(manifest),
-        *_read_losses(shards[records.TIMESTEP_LOSS], manifest),
-        _read_gramians(shards[records.GRADIENT_GRAMIAN], manifest),
-        _read_activations(shards[records.CHANNEL_ACTIVATION], manifest),
+        *read_losses(shards[records.TIMESTEP_LOSS], manifest),
+        read_gramians(shards[records.GRADIENT_GRAMIAN], manifest),
+        read_activations(shards[records.CHANNEL_ACTIVATION], manifest),
         _read_masks(folder / Path(records.MASKS_PATH).name, manifest),
         _read_training_time(shards[records.TRAINING_TIME]),
         read_transfer(shards[records.TASK_TRANSFER], manifest),
@@ -91,164 +80,11 @@ def _task_coordinates(manifest: RunManifest) -> xr.Dataset:
     return tasks.assign_coords(timestep=np.arange(len(log_snr)), timestep_log_snr=("timestep", log_snr))
 
 
-class _LossSums:
-    """Moments of one split's losses per (quantity, step, bin), summed over shards.
-
-    Args:
-        bin_of: (T,) bin of each timestep.
-        num_bins: Number of bins; some may have no timestep.
-    """
-
-    def __init__(self, bin_of: IntArray, num_bins: int) -> None:
-        self.bin_of = bin_of
-        self.num_bins = num_bins
-        self.pieces: list[tuple[IntArray, FloatArray]] = []
-
-    def add(self, rows: dict[str, npt.NDArray]) -> None:
-        steps, step_index = np.unique(rows["step"], return_inverse=True)
-        shape = (len(QUANTITIES), len(steps), self.num_bins)
-        key = np.ravel_multi_index((rows["quantity"], step_index, self.bin_of[rows["timestep"]]), shape)
-        size = int(np.prod(shape))
-        sums = [np.bincount(key, rows[moment], size).reshape(shape) for moment in MOMENTS]
-        self.pieces.append((steps, np.stack(sums)))
-
-    def total(self) -> tuple[IntArray, FloatArray]:
-        """Steps (S,) and moments (3, quantity, S, bin)."""
-        steps = np.unique(np.concatenate([steps for steps, _ in self.pieces]))
-        total = np.zeros((len(MOMENTS), len(QUANTITIES), len(steps), self.num_bins))
-        for piece_steps, sums in self.pieces:
-            total[:, :, np.searchsorted(steps, piece_steps)] += sums
-        return steps, total
-
-
-def _read_losses(shards: Sequence[Shard], manifest: RunManifest) -> list[xr.Dataset]:
-    timesteps = np.arange(manifest.num_timesteps)
-    num_tasks = len(manifest.interval_bounds) - 1
-    task = np.searchsorted(manifest.interval_bounds, timesteps, side="right") - 1
-    quarter = timesteps * QUARTERS // manifest.num_timesteps
-    bins = {
-        "task": (task, num_tasks),
-        "quarter": (task * QUARTERS + quarter, num_tasks * QUARTERS),
-        "timestep": (timesteps, manifest.num_timesteps),
-    }
-    sums = {split: {dim: _LossSums(*binning) for dim, binning in bins.items()} for split in SPLITS}
-    for shard in shards:
-        table = shard.read()
-        columns = {name: table[name].to_numpy() for name in ("step", "timestep", *MOMENTS)}
-        columns["quantity"] = codes(table["quantity"], QUANTITIES, shard.path)
-        split_code = codes(table["split"], SPLITS, shard.path)
-        for code, split in enumerate(SPLITS):
-            rows = {name: values[split_code == code] for name, values in columns.items()}
-            if not rows["step"].size:
-                continue
-            sums[split]["task"].add(rows)
-            sums[split]["quarter"].add(rows)
-            if split == "val":
-                rows = {name: values[rows["step"] == rows["step"].max()] for name, values in rows.items()}
-            else:
-                rows["step"] = np.zeros_like(rows["step"])  # pools all steps
-            sums[split]["timestep"].add(rows)
-    return [_loss_dataset(split, by_dim) for split, by_dim in sums.items() if by_dim["task"].pieces]
-
-
-def _loss_dataset(split: str, sums: dict[str, _LossSums]) -> xr.Dataset:
-    steps, by_task = sums["task"].total()
-    _, by_quarter = sums["quarter"].total()
-    _, by_timestep = sums["timestep"].total()
-    lead = ("moment", "quantity")
-    split_task = (by_task.shape[-1], QUARTERS)
-    shared = np.bincount(sums["quarter"].bin_of, minlength=sums["quarter"].num_bins)
-    return xr.Dataset(
-        {
-            f"{split}_loss": ((*lead, f"{split}_step", "task"), by_task),
-            f"{split}_quarter_loss": (
-                (*lead, f"{split}_step", "task", "quarter"),
-                by_quarter.reshape(*by_quarter.shape[:-1], *split_task),
-            ),
-            f"{split}_timestep_loss": ((*lead, "timestep"), by_timestep[:, :, -1]),
-            "quarter_timesteps": (("task", "quarter"), shared.reshape(split_task)),
-        },
-        coords={
-            "moment": list(MOMENTS),
-            "quantity": list(QUANTITIES),
-            f"{split}_step": steps,
-            "quarter": np.arange(QUARTERS),
-        },
-    )
-
-
-def _read_gramians(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset | None:
-    tables = [(shard.path, table) for shard in shards if (table := shard.read()).num_rows]
-    if not tables:
-        return None
-    num_tasks = len(manifest.interval_bounds) - 1
-    halves = {half for _, table in tables for half in table["halves"].unique().to_pylist()}
-    if len(halves) != 1:
-        raise UserInputError(f"{tables[0][0].parent}: Gramians with different numbers of halves {sorted(halves)}")
-    groups = num_tasks * halves.pop()
-    steps = np.unique(np.concatenate([table["step"].to_numpy() for _, table in tables]))
-    layers = list(dict.fromkeys(name for _, table in tables for name in table["layer"].unique().to_pylist()))
-    gramian = np.full((len(steps), len(layers), groups, groups), np.nan, dtype=np.float32)
-    count = np.zeros((len(steps), groups), dtype=np.int64)
-    loss = np.full((len(steps), groups), np.nan)
-    coverage = np.ones(len(steps))  # of tables from before the column: their Gramians were complete
-    for path, table in tables:
-        at = np.searchsorted(steps, table["step"].to_numpy())
-        layer = codes(table["layer"], layers, path)
-        gramian[at, layer] = stack_lists(table, "gramian", path, groups**2).reshape(-1, groups, groups)
-        count[at] = stack_lists(table, "group_count", path, groups)
-        loss[at] = stack_lists(table, "group_loss", path, groups)
-        if "coverage" in table.column_names:
-            coverage[at] = table["coverage"].to_numpy()
-    arrays = gramian_arrays(
-        gramian,
-        count,
-        layers=layers,
-        halves=groups // num_tasks,
-        bounds=manifest.interval_bounds,
-        losses=loss,
-        steps=steps.tolist(),
-        log_snr=manifest.log_snr,
-    )
-    return arrays.assign(coverage=(STEP, coverage))
-
-
-def _read_activations(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset | None:
-    tables = [(shard.path, table) for shard in shards if (table := shard.read()).num_rows]
-    if not tables:
-        return None
-    blocks = list(manifest.block_channels)
-    steps = np.unique(np.concatenate([table["step"].to_numpy() for _, table in tables]))
-    shape = (len(steps), len(blocks), len(SITES), len(manifest.interval_bounds) - 1)
-    widest = max(manifest.block_channels.values())
-    moments = {name: np.full((*shape, widest), np.nan, dtype=np.float32) for name in ACTIVATION_MOMENTS}
-    count = np.zeros(shape, dtype=np.int64)
-    for path, table in tables:
-        block_code = codes(table["block"], blocks, path)
-        site_code = codes(table["site"], SITES, path)
-        for code, site in itertools.product(range(len(blocks)), range(len(SITES))):
-            rows = table.filter(pa.array((block_code == code) & (site_code == site)))
-            if not rows.num_rows:
-                continue
-            at = np.searchsorted(steps, rows["step"].to_numpy())
-            index = (at, code, site, rows["task"].to_numpy())
-            count[index] = rows["count"].to_numpy()
-            channels = manifest.block_channels[blocks[code]]
-            if SITES[site] != "input":  # a block of a U-Net may add more or fewer channels than it reads
-                channels = len(rows["mean"][0])
-            for name, values in moments.items():
-                values[(*index, slice(channels))] = stack_lists(rows, name, path, channels)
-    dims = ("activation_step", "block", "site", "task")
-    variables = {f"activation_{name}": ((*dims, "channel"), values) for name, values in moments.items()}
-    coords = {"activation_step": steps, "block": blocks, "site": list(SITES), "channel": np.arange(widest)}
-    return xr.Dataset({**variables, "activation_count": (dims, count)}, coords=coords)
-
-
 def _read_training_time(shards: Sequence[Shard]) -> xr.Dataset | None:
-    tables = [table for shard in shards if (table := shard.read()).num_rows]
-    if not tables:
+    found = list(reduce_shards(shards, ("seconds",), lambda _, table: (table["step"], table["seconds"])))
+    if not found:
         return None
-    steps, seconds = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("step", "seconds"))
+    steps, seconds = (np.concatenate([column.to_numpy() for column in columns]) for columns in zip(*found, strict=True))
     order = np.argsort(steps, kind="stable")
     return xr.Dataset({"training_seconds": ("clock_step", seconds[order])}, coords={"clock_step": steps[order]})
 

@@ -20,6 +20,8 @@ PATIENCE_SECONDS = 40
 CARD = '[data-testid="experiment-view-compare-runs-card"]'
 SECTION = '[data-testid="experiment-view-compare-runs-section-header"]'
 CHART_SEARCH = '[data-component-id*="runschartsfilterinput"]'
+CLOSE_ASSISTANT = '[data-component-id="mlflow.assistant.chat_panel.close"]'
+COMPARE = '[data-testid="runs-compare-button"]'
 FULL_SCREEN = '[data-component-id="fullscreen_button_chartcard"]'
 # Pixels, not addresses: an image that failed to load, shows the wrong step or lies off the screen must not pass.
 PIXELS = """
@@ -43,12 +45,12 @@ def find_all(browser, selector: str) -> list:
 
 
 def listed_runs(browser) -> set[str]:
-    return {link.text for link in find_all(browser, 'a[href*="/runs/"]')} - {""}
+    return {link.text for link in find_all(browser, '[role="row"] a[href*="/runs/"]')} - {""}
 
 
 def open_card(browser, links, title: str):
     """The card of one chart, found by MLflow's search box as a user would."""
-    browser.get(links["runs"])
+    browser.get(links["charts"])
     box = wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, CHART_SEARCH), "the search box")
     box.send_keys(title)
 
@@ -107,15 +109,75 @@ def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
             slider().send_keys(Keys.ARROW_LEFT)
 
 
-def test_the_table_of_runs_shows_methods_and_results(browser, links, demo_store):
-    browser.get(links["runs"].replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+def headings(browser) -> set[str]:
+    return {heading.text for heading in find_all(browser, '[role="columnheader"]')}
+
+
+def test_the_first_screen_is_a_table_of_methods_and_results(browser, links, demo_store):
+    browser.get(links["runs"])
     wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the runs")
+    wanted = {"dtr.method", "dtr.seed", "loss/val", "conflict/mean_rate"}
+    wait_for(browser, lambda: headings(browser) >= wanted, f"the columns {sorted(wanted)}")
+    assert not find_all(browser, CLOSE_ASSISTANT), "MLflow's assistant covers a part of the window"
 
-    def headings():
-        return {heading.text for heading in find_all(browser, '[role="columnheader"]')}
 
-    wanted = {"dtr.method", "dtr.seed", "loss/val", "conflict/rate"}
-    wait_for(browser, lambda: headings() >= wanted, f"the columns {sorted(wanted)}")
+def click_link(browser, text: str) -> None:
+    def click():
+        next(link for link in find_all(browser, "a") if link.text == text).click()
+        return True
+
+    wait_for(browser, lambda: any(link.text == text for link in find_all(browser, "a")), f"a link {text!r}")
+    wait_for(browser, click, f"to click {text!r}")
+
+
+def follow(browser, text: str) -> None:
+    """Clicks a link of a description, which opens a window of its own, and goes there."""
+    before = set(browser.window_handles)
+    click_link(browser, text)
+    (new,) = wait_for(browser, lambda: set(browser.window_handles) - before, "another window")
+    browser.switch_to.window(new)
+
+
+def test_from_the_experiments_to_the_report_as_a_user_goes(browser, links, demo_store):
+    """Nothing but clicks: the experiment, its newest comparison, a run, the run beside it, the report."""
+    browser.get(links["runs"].split("#")[0] + "#/experiments")
+    first = browser.current_window_handle
+    click_link(browser, demo_store.experiment)
+    follow(browser, "table")
+    wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the comparison's runs")
+    click_link(browser, "dtr-seed0")
+    wait_for(browser, lambda: "Denoising Task Routing" in browser.page_source, "what the run is")
+    menu = browser.find_element(By.TAG_NAME, "aside").text
+    assert "Evaluation runs" not in menu, "a click must not lead into MLflow's mode for language models"
+    follow(browser, "baseline-seed0")
+    wait_for(browser, lambda: "Plain denoiser" in browser.page_source, "the run that it is compared with")
+    follow(browser, "report")
+    wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, "iframe"), "the report's frame")
+    for handle in set(browser.window_handles) - {first}:
+        browser.switch_to.window(handle)
+        browser.close()
+    browser.switch_to.window(first)
+
+
+def test_baseline_and_dtr_are_compared_side_by_side(browser, links):
+    browser.get(links["runs"])
+
+    def tick(name):
+        row = next((row for row in find_all(browser, '[role="row"]') if name in row.text.split("\n")), None)
+        if row is None:
+            return False
+        row.find_element(By.CSS_SELECTOR, 'input[type="checkbox"]').click()
+        return True
+
+    for name in ("baseline-seed0", "dtr-seed0"):
+        wait_for(browser, lambda name=name: tick(name), f"a box for {name}")
+    wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, COMPARE), "the button to compare").click()
+
+    def missing():
+        words = set(browser.find_element(By.TAG_NAME, "body").text.split())
+        return {"baseline-seed0", "dtr-seed0", "BaselineModule", "DTRModule", "loss/val"} - words
+
+    wait_for(browser, lambda: not missing(), "both runs beside each other")
 
 
 def test_the_report_opens_in_the_artifact_viewer(browser, links, demo_store):

@@ -1,12 +1,20 @@
-"""Task-affinity matrices, all in one form, and how well two of them agree.
+"""Task-affinity matrices, all in one form, over a whole training or window by window.
 
-Every matrix is an `xarray.DataArray` (task, other_task) with the interval coordinates of the run (labels, bounds in t,
-log-SNR). Undefined cells are NaN.
+Every matrix is an `xarray.DataArray` (task, other_task), from the task that is trained on to the task that is affected,
+larger where that helps more. It has the interval coordinates of the run (labels, bounds in t, log-SNR) and NaN where
+nothing can be said; where its error is known, the coordinate ``standard_error`` (task, other_task). Attributes:
+``long_name``; ``directed``, whether (i, j) and (j, i) are different quantities; and beside an error ``units``, the
+number of independent parts it comes from, so that Student's t has one degree of freedom fewer.
+
+More such matrices are in `transfer`, `specialists` and `representation`; `agreement` compares them, `clustering` finds
+the intervals that they suggest.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,51 +22,169 @@ import xarray as xr
 from scipy import stats
 
 from analysis.conflict import corrected_cosine, plain_cosine
-from analysis.gramians import Level, run_gramian
+from analysis.gramians import STEP, Level, pool_runs
+from analysis.grouping import stack_runs
+from analysis.jackknife import Errors
+from analysis.significance import FALSE_DISCOVERY_RATE
 from analysis.update import first_order_tag
 
+Runs = xr.Dataset | Sequence[xr.Dataset]
+"""One run, or several whose probes are pooled."""
+_ERROR = "standard_error"
+_PAIR = ("task", "other_task")
 
-def gradient_affinity(run: xr.Dataset, *, corrected: bool = True, level: Level = "total") -> xr.DataArray:
-    """Cosine between the gradients of two tasks, over all probes of the run.
+
+def gradient_affinity(
+    runs: Runs, *, corrected: bool = True, level: Level = "total", errors: Errors = "probes"
+) -> xr.DataArray:
+    """Cosine between the gradients of two tasks, over all probes.
 
     Args:
-        run: A run with gradient probes. Restrict the part of training with ``run.sel(gradient_step=slice(a, b))``.
+        runs: With gradient probes. Restrict the part of training with ``run.sel(gradient_step=slice(a, b))``, or take
+            `affinity_film`.
         corrected: Whether to take the noise out (`conflict.corrected_cosine`) or to show the plain cosine of the
             averaged Gramian, which noise draws towards zero.
         level: Over all parameters, or with a leading dimension ``block`` or ``layer``.
+        errors: Over probes (of these networks), or over runs.
 
     Returns:
-        (task, other_task), or (block | layer, task, other_task).
+        (task, other_task), or (block | layer, task, other_task), symmetric, with ``standard_error``.
 
     Raises:
-        UserInputError: If the run has no gradient probes.
+        UserInputError: If a run has no gradient probes, or errors over runs are asked of a single one.
     """
-    gramian = run_gramian(run, level)
-    measure = corrected_cosine if corrected else plain_cosine
-    matrix = measure(gramian, run["group_count"])["cosine"]
-    return matrix.rename("gradient affinity").assign_attrs(long_name="gradient cosine", corrected=corrected)
+    gramian, count = pool_runs(_listed(runs), level)
+    found = (corrected_cosine if corrected else plain_cosine)(gramian, count, errors=errors)
+    matrix = _with_error(found, "cosine", "gradient affinity")
+    return matrix.assign_attrs(long_name="gradient cosine", directed=False, corrected=corrected)
 
 
-def tag_affinity(run: xr.Dataset, learning_rate: float | xr.DataArray, *, level: Level = "total") -> xr.DataArray:
+def tag_affinity(
+    runs: Runs, learning_rate: float | xr.DataArray, *, level: Level = "total", errors: Errors = "probes"
+) -> xr.DataArray:
     """Task affinity grouping to first order: the share of a task's loss that a step on another removes.
 
     Unlike `gradient_affinity` it is directed and knows how large gradients and losses are: an interval with large
     gradients moves all others, and intervals with small losses are moved most.
 
     Args:
-        run: A run with gradient probes.
+        runs: With gradient probes.
         learning_rate: Of plain gradient descent; one number or one for every probe (gradient_step).
         level: Over all parameters, or the part that each block or layer contributes.
+        errors: Over probes (of these networks), or over runs.
 
     Returns:
-        (task, other_task), from task to other_task, or with a leading ``block`` or ``layer``.
+        (task, other_task), or with a leading ``block`` or ``layer``, with ``standard_error``.
 
     Raises:
-        UserInputError: If the run has no gradient probes.
+        UserInputError: If a run has no gradient probes, or errors over runs are asked of a single one.
     """
-    gramian = run_gramian(run, level)
-    found = first_order_tag(gramian, run["group_count"], run["group_loss"], learning_rate)
-    return found["affinity"].rename("TAG affinity").assign_attrs(long_name="relative decrease of the loss")
+    gramian, count = pool_runs(_listed(runs), level)
+    loss = xr.concat([run["group_loss"] for run in _listed(runs)], STEP, join="exact")
+    rate = learning_rate
+    if isinstance(rate, xr.DataArray):  # steps occur once in every run, so they are no index to align on
+        rate = xr.DataArray(rate.sel({STEP: gramian[STEP].values}).values, dims=STEP)
+    found = first_order_tag(gramian, count, loss, rate, errors=errors)
+    matrix = _with_error(found, "affinity", "TAG affinity")
+    return matrix.assign_attrs(long_name="relative decrease of the loss", directed=True)
+
+
+def affinity_film(
+    runs: Runs, measure: Callable[[Sequence[xr.Dataset]], xr.DataArray], *, windows: int = 8
+) -> xr.DataArray:
+    """An affinity in consecutive windows of training, each with about as many gradient probes.
+
+    Args:
+        runs: With gradient probes; their probes of the same steps are pooled. A run that ended before a window began
+            is not in it.
+        measure: From runs to the affinity; they are given with the probes of one window only. For task affinity
+            grouping ``functools.partial(tag_affinity, learning_rate=1e-4)``.
+        windows: How many.
+
+    Returns:
+        (window, task, other_task) with the coordinates ``first_step`` and ``last_step`` (window), of the first and the
+        last probe of each window. ``units`` are those of the window that has the fewest.
+
+    Raises:
+        UserInputError: If a run has no gradient probes.
+        ValueError: If there are fewer steps with probes than windows.
+    """
+    listed = _listed(runs)
+    steps = np.unique(np.concatenate([run[STEP].values for run in listed]))
+    if not 1 <= windows <= len(steps):
+        raise ValueError(f"windows must lie in 1..{len(steps)}, the number of probed steps; got {windows}")
+    parts = [part[[0, -1]] for part in np.array_split(steps, windows)]
+    frames = []
+    for first, last in parts:
+        inside = [run.sel({STEP: slice(first, last)}) for run in listed]
+        frames.append(measure([run for run in inside if run.sizes[STEP]]))
+    film = xr.concat(frames, "window", coords=[_ERROR] if _ERROR in frames[0].coords else "minimal", compat="override")
+    edges = np.asarray(parts)
+    units = {"units": min(frame.attrs["units"] for frame in frames)} if "units" in frames[0].attrs else {}
+    return film.assign_coords(first_step=("window", edges[:, 0]), last_step=("window", edges[:, 1])).assign_attrs(
+        {**frames[0].attrs, **units}
+    )
+
+
+def gradient_affinity_film(runs: Runs, *, windows: int = 8, corrected: bool = True) -> xr.DataArray:
+    """`affinity_film` of `gradient_affinity`: (window, task, other_task)."""
+    return affinity_film(runs, functools.partial(gradient_affinity, corrected=corrected), windows=windows)
+
+
+def mean_over_runs(matrices: Sequence[xr.DataArray]) -> xr.DataArray:
+    """Mean of one affinity per run (seed), with the standard error over runs.
+
+    Weak gradients are better pooled: `gradient_affinity` of several runs needs them to stand out of the noise together,
+    not in each run.
+
+    Args:
+        matrices: One per run, all of the same form, also with leading dimensions.
+
+    Returns:
+        Likewise. NaN where it is undefined in any run: a mean over those in which it could be measured would be one
+        over a selection. ``standard_error`` is NaN for one run.
+    """
+    stacked = stack_runs([matrix.drop_vars(_ERROR, errors="ignore") for matrix in matrices])
+    count = stacked.sizes["run"]
+    mean = stacked.mean("run", skipna=False).assign_attrs(matrices[0].attrs)
+    error = stacked.std("run", ddof=1, skipna=False) / np.sqrt(count) if count > 1 else mean * np.nan
+    return mean.assign_coords({_ERROR: (mean.dims, error.transpose(*mean.dims).values)}).assign_attrs(units=count)
+
+
+def significant_cells(matrix: xr.DataArray, false_discovery_rate: float = FALSE_DISCOVERY_RATE) -> xr.DataArray:
+    """Cells off the diagonal that differ from zero.
+
+    A cell is marked if its value exceeds Student's t-quantile times its standard error, the quantile being the one that
+    controls the false discovery rate over all cells (Benjamini and Hochberg, Journal of the Royal Statistical Society B
+    57, 1995), those of leading dimensions included. Both cells of an undirected pair are one test.
+
+    Args:
+        matrix: An affinity with ``standard_error``. Without the attribute ``units`` the normal quantile is taken.
+        false_discovery_rate: Expected share of false findings among the cells marked.
+
+    Returns:
+        Booleans of the same form; False where the error is not known.
+
+    Raises:
+        ValueError: If it has no errors.
+    """
+    if _ERROR not in matrix.coords:
+        raise ValueError(f"the affinity {matrix.name!r} has no standard errors, so nothing is known to be significant")
+    size = matrix.sizes["task"]
+    tested = np.nonzero(~np.eye(size, dtype=bool) if matrix.attrs["directed"] else np.triu(np.ones((size, size)), 1))
+    values = matrix.transpose(..., *_PAIR).values[..., tested[0], tested[1]]
+    error = matrix[_ERROR].transpose(..., *_PAIR).values[..., tested[0], tested[1]]
+    score = np.divide(values, error, out=np.full_like(values, np.nan), where=error > 0)
+    known = np.isfinite(score)
+    p_value = 2 * stats.t.sf(np.abs(score[known]), matrix.attrs.get("units", np.inf) - 1)
+    found = np.zeros(known.shape, dtype=bool)
+    if p_value.size:
+        found[known] = stats.false_discovery_control(p_value) <= false_discovery_rate
+    marked = np.zeros((*known.shape[:-1], size, size), dtype=bool)
+    marked[..., tested[0], tested[1]] = found
+    if not matrix.attrs["directed"]:
+        marked |= marked.swapaxes(-1, -2)
+    return matrix.transpose(..., *_PAIR).copy(data=marked).drop_vars(_ERROR)
 
 
 def mask_overlap(run: xr.Dataset) -> xr.DataArray:
@@ -81,12 +207,16 @@ def mask_overlap(run: xr.Dataset) -> xr.DataArray:
     starts = run["t_low"].values
     widths = run["t_high"].values - starts + 1
     # Blocks mostly share one mask; each different one is computed once.
-    masks, times = np.unique(run["mask"].values, axis=0, return_counts=True)
-    total = np.zeros((len(starts), len(starts)))
-    for mask, weight in zip(masks, times, strict=True):
-        total += weight * _interval_sums(jaccard(mask), starts)
-    matrix = total / times.sum() / np.outer(widths, widths)
-    return _task_matrix(run, matrix, "mask overlap").assign_attrs(long_name="Jaccard index of channel masks")
+    different: dict[bytes, npt.NDArray[np.bool_]] = {}
+    times: Counter[bytes] = Counter()
+    for mask in run["mask"].values:
+        key = mask.tobytes()
+        different.setdefault(key, mask)
+        times[key] += 1
+    total = sum(times[key] * _interval_sums(jaccard(mask), starts) for key, mask in different.items())
+    matrix = total / times.total() / np.outer(widths, widths)
+    overlap = _task_matrix(run, matrix, "mask overlap")
+    return overlap.assign_attrs(long_name="Jaccard index of channel masks", directed=False)
 
 
 def jaccard(sets: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -103,65 +233,16 @@ def _interval_sums(matrix: npt.NDArray[np.float64], starts: npt.NDArray[np.int64
 
 
 def _task_matrix(run: xr.Dataset, values: npt.NDArray[np.float64], name: str) -> xr.DataArray:
-    dims = {"task", "other_task"}
-    coords = {key: coord for key, coord in run.coords.items() if coord.dims and set(coord.dims) <= dims}
-    return xr.DataArray(values, dims=("task", "other_task"), coords=coords, name=name)
+    coords = {key: coord for key, coord in run.coords.items() if coord.dims and set(coord.dims) <= set(_PAIR)}
+    return xr.DataArray(values, dims=_PAIR, coords=coords, name=name)
 
 
-@dataclasses.dataclass(frozen=True)
-class RankCorrelation:
-    """Agreement of two matrices.
-
-    Attributes:
-        correlation: Spearman's rank correlation over the pairs of tasks, in [-1, 1].
-        p_value: Two-sided permutation p-value.
-        pairs: Pairs of tasks defined in both matrices.
-    """
-
-    correlation: float
-    p_value: float
-    pairs: int
+def _listed(runs: Runs) -> Sequence[xr.Dataset]:
+    return [runs] if isinstance(runs, xr.Dataset) else runs
 
 
-def rank_correlation(
-    first: xr.DataArray, second: xr.DataArray, *, permutations: int = 9999, seed: int = 0
-) -> RankCorrelation:
-    """Mantel test: Spearman correlation of two symmetric matrices, tasks permuted jointly (Mantel 1967).
-
-    The cells of a matrix share tasks, so they must not be permuted on their own. A caveat: neighbouring intervals are
-    alike in nearly any affinity, so two matrices can agree merely because both fall with the distance in t.
-
-    Args:
-        first: (task, other_task), symmetric; the diagonal is not used.
-        second: Likewise, on the same tasks.
-        permutations: Random permutations of the tasks; the smallest possible p-value is 1 / (permutations + 1).
-        seed: Of the permutations' own generator.
-
-    Raises:
-        ValueError: If the matrices are not over the same tasks, or fewer than three pairs are defined in both.
-    """
-    if first.dims != ("task", "other_task") or first.sizes != second.sizes:
-        raise ValueError(f"two (task, other_task) matrices are needed, got {first.sizes} and {second.sizes}")
-    size = first.sizes["task"]
-    above = np.triu_indices(size, 1)
-    left, right = first.values[above], second.values
-    defined = np.isfinite(left) & np.isfinite(right[above])
-    if defined.sum() < 3:
-        raise ValueError(f"only {defined.sum()} pairs of tasks are defined in both matrices, at least 3 are needed")
-    observed = _spearman(left, right[above])
-    rng = np.random.default_rng(seed)
-    as_extreme = 0
-    for _ in range(permutations):
-        order = rng.permutation(size)
-        # Rounding must not make a permutation that changes nothing less extreme than what was observed.
-        as_extreme += abs(_spearman(left, right[np.ix_(order, order)][above])) >= abs(observed) - 1e-12
-    return RankCorrelation(observed, (as_extreme + 1) / (permutations + 1), int(defined.sum()))
-
-
-def _spearman(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
-    """Correlation of the ranks of the pairs defined on both sides; 0 if either side is constant."""
-    defined = np.isfinite(left) & np.isfinite(right)
-    ranks = stats.rankdata(left[defined]), stats.rankdata(right[defined])
-    centred = [rank - rank.mean() for rank in ranks]
-    scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
-    return float(centred[0] @ centred[1] / scale) if scale > 0 else 0.0
+def _with_error(found: xr.Dataset, value: str, name: str) -> xr.DataArray:
+    """A statistic in the common form, from the Dataset that knows its error."""
+    matrix = found[value].transpose(..., *_PAIR).rename(name)
+    error = found[_ERROR].transpose(*matrix.dims).values
+    return matrix.assign_coords({_ERROR: (matrix.dims, error)}).assign_attrs(units=found.attrs["units"])

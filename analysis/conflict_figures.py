@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from analysis import affinity, conflict, convergence, frames, gramians, jackknife, noise, significance, update
+from analysis import conflict, convergence, frames, gramians, jackknife, noise, significance, update
 from analysis.methods import method_name, ordered, reference_method
 from analysis.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
 from analysis.plots.attenuation import plot_raw_vs_corrected
 from analysis.plots.blocks import plot_block_cosines, plot_block_rates
 from analysis.plots.curves import plot_conflict_rate
-from analysis.plots.matrices import plot_conflict_matrix, plot_overlap
+from analysis.plots.matrices import plot_conflict_matrix
 from analysis.plots.style import method_colour
 from analysis.plots.tasks import plot_noise_scale, plot_task_values
 from lightning_modules.tracking.records import RunManifest
@@ -106,41 +106,6 @@ def conflict_rate_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
         "noise give 0.5; inside the grey band a single probe says nothing. Look for a lasting departure from 0.5. The"
         " ± of the rate is its standard error over the probes within these runs, not a spread over seeds.",
         figure,
-    )
-
-
-def affinity_figure(runs: Runs) -> ReportFigure | None:
-    """Mask overlap of a routed run beside the gradient affinity of the reference; None without a routed run."""
-    routed = next((run for run in runs if run.attrs["method"] == "dtr" and "mask" in run), None)
-    routed = routed or next((run for run in runs if "mask" in run), None)
-    if routed is None:
-        return None
-    reference = reference_method(run.attrs["method"] for run in runs)
-    _, gradient, _ = _cosines([run for run in runs if run.attrs["method"] == reference])
-    overlap = affinity.mask_overlap(routed)
-    figure, axes = panels(1, 2, width=4.6, height=4.6, square=True)
-    plot_conflict_matrix(
-        gradient, limit=colour_limit([gradient]), title=f"gradient cosine, {method_name(reference)}", ax=axes[0][0]
-    )
-    plot_overlap(overlap, title=f"mask overlap, {method_name(routed.attrs['method'])}", ax=axes[0][1])
-    return ReportFigure(
-        "affinity",
-        "Does the routing share channels between tasks that agree?",
-        "Left: noise-corrected gradient cosine of the intervals in the reference model. Right: how many channels the "
-        "routing lets two intervals share (Jaccard index of their masks). If routing follows affinity, both fall off "
-        f"in the same places. {_agreement(gradient, overlap)}",
-        figure,
-    )
-
-
-def _agreement(gradient: xr.DataArray, overlap: xr.DataArray) -> str:
-    try:
-        found = affinity.rank_correlation(gradient, overlap, permutations=1999)
-    except ValueError:
-        return "Too few pairs have a defined cosine to correlate the two."
-    return (
-        f"Their rank correlation over {found.pairs} pairs is {found.correlation:.2f} (permutation p = "
-        f"{found.p_value:.3g}); neighbouring intervals are alike in both, so a positive value alone is no proof."
     )
 
 

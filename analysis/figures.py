@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from analysis import convergence, frames
+from analysis.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
 from analysis.channel_figures import (
     channel_count_figure,
     channels_figure,
@@ -14,8 +15,8 @@ from analysis.channel_figures import (
     effective_channels_figure,
     specialisation_figure,
 )
+from analysis.cluster_figures import clusters_figure
 from analysis.conflict_figures import (
-    affinity_figure,
     blocks_figure,
     conflict_figure,
     conflict_rate_figure,
@@ -49,7 +50,13 @@ def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
             ("gramian", update_figure),
             ("gramian", noise_figure),
         ],
-        "Task affinity": [("gramian", affinity_figure)],
+        "Task affinity": [
+            ("gramian", affinity_figure),
+            ("val_loss", measured_figure),
+            ("gramian", affinity_film_figure),
+            ("val_loss", agreement_figure),
+            ("gramian", clusters_figure),
+        ],
         "Channels": [
             ("activation_mean_square", channels_figure),
             ("activation_mean_square", channel_count_figure),

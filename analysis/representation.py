@@ -67,7 +67,7 @@ def representation_affinity(run: xr.Dataset, *, step: int | None = None, by_bloc
     return (
         value.rename("representation similarity")
         .assign_coords(standard_error=error)
-        .assign_attrs(long_name="CKA", directed=False)
+        .assign_attrs(long_name="CKA", directed=False, units=batches)
     )
 
 

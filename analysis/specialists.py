@@ -27,7 +27,7 @@ def specialist_affinity(shared: Sequence[xr.Dataset], specialists: Sequence[xr.D
         specialists: Runs trained on a single task each (``load_runs(..., kind="specialist")``).
 
     Returns:
-        (task, other_task), with ``standard_error`` over seeds (NaN for one), attribute ``seeds``.
+        (task, other_task), with ``standard_error`` over seeds (NaN for one), attribute ``units`` their number.
 
     Raises:
         UserInputError: If no seed has a shared run and a specialist of every task.
@@ -38,7 +38,7 @@ def specialist_affinity(shared: Sequence[xr.Dataset], specialists: Sequence[xr.D
     error = ratio.std("seed", ddof=1) / np.sqrt(count) if count > 1 else ratio.isel(seed=0) * np.nan
     value = ratio.mean("seed").transpose(*_PAIR).rename("specialist transfer")
     return value.assign_coords(standard_error=(_PAIR, error.transpose(*_PAIR).values)).assign_attrs(
-        long_name="loss saved against the shared model", directed=True, seeds=count
+        long_name="loss saved against the shared model", directed=True, units=count
     )
 
 

@@ -129,7 +129,7 @@ def _affinity(
     value = value.drop_vars([coord for coord in value.coords if not set(value[coord].dims) & set(_PAIR)])
     pooled = ((error**2).sum(steps, skipna=False) ** 0.5 / by_step.sizes[steps]).transpose(*_PAIR).values
     return value.assign_coords(standard_error=(_PAIR, pooled)).assign_attrs(
-        long_name="relative decrease of the loss", directed=True
+        long_name="relative decrease of the loss", directed=True, units=int(chosen.sizes[repeat])
     )
 
 

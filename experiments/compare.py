@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db here)")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/comparisons/COMPARISON)")
     parser.add_argument("--include-unfinished", action="store_true", help="also runs that failed or still run")
+    parser.add_argument("--pdf", action="store_true", help="figures also as PDF, for papers")
     parser.add_argument("--no-log", action="store_true", help="write the files only, log nothing to MLflow")
 
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         run_ids=args.runs,
         out=args.out,
         include_unfinished=args.include_unfinished,
+        pdf=args.pdf,
         log=not args.no_log,
     )
     print_summary(summary)
@@ -67,11 +69,12 @@ def compare(
     run_ids: Sequence[str] | None = None,
     out: Path | str | None = None,
     include_unfinished: bool = False,
+    pdf: bool = False,
     log: bool = True,
 ) -> pd.DataFrame:
     """Compares training runs, writes what it finds, and logs it to MLflow.
 
-    Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv``, ``figures/*.{png,pdf}``.
+    Written to ``out``: ``report.html``, ``tables/{summary,runs,curves,interval_losses}.csv``, ``figures/*.png``.
     Logged to the parent run of the comparison (see `comparisons.create_comparison`), which is finished by it; runs from
     several comparisons get a parent of their own.
 
@@ -83,6 +86,7 @@ def compare(
         out: Output folder; ``runs/comparisons/<comparison>`` by default.
         include_unfinished: Whether to take runs that are not finished too; the report says so. Runs that were not
             validated yet are left out then.
+        pdf: Whether to write the figures as PDF, too.
         log: Whether to log to MLflow.
 
     Returns:
@@ -119,7 +123,7 @@ def compare(
         "curves": curves,
         "interval_losses": interval_losses(runs),
     }
-    _write(folder, tables, [figure for section in sections for figure in section.figures], page)
+    _write(folder, tables, [figure for section in sections for figure in section.figures], page, pdf)
     parent = _log(uri, runs, name, folder, summary, said) if log else ""
     summary.attrs = {"findings": said.findings, "warnings": said.warnings, "out": str(folder), "run_id": parent}
     return summary
@@ -220,12 +224,15 @@ def _method_names(summary: pd.DataFrame) -> list[str]:
     return [method_name(str(method)) for method in summary.index]
 
 
-def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[ReportFigure], page: str) -> None:
+def _write(
+    folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[ReportFigure], page: str, pdf: bool
+) -> None:
     for name, table in tables.items():
         table.to_csv(folder / TABLES_DIR / f"{name}.csv", index=False)
     for figure in figures:
         (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(figure.png)
-        (folder / FIGURES_DIR / f"{figure.name}.pdf").write_bytes(figure.pdf)
+        if pdf:
+            (folder / FIGURES_DIR / f"{figure.name}.pdf").write_bytes(figure.pdf)
     (folder / REPORT).write_text(page, encoding="utf-8")
 
 

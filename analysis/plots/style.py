@@ -121,7 +121,9 @@ def label_intervals(ax: Axes, tasks: xr.DataArray | xr.Dataset, axis: str, *, lo
 
 
 def _short(value: float) -> str:
-    """Two decimals without the leading zero: .53, -.07, 1.0."""
+    """Two decimals without the leading zero: .53, -.07, 1.0; none beyond 10, where they would run into each other."""
+    if abs(value) >= 9.995:
+        return f"{value:.0f}"
     text = f"{value:.2f}"
     text = "0" if text in ("0.00", "-0.00") else text.replace("0.", ".", 1)
     return "1.0" if text == "1.00" else text

@@ -48,7 +48,7 @@ def test_seeds_are_paired_and_give_the_interval():
     affinity = specialist_affinity(shared, alone)
     np.testing.assert_allclose(affinity.values, 1 - stacked.mean(0))
     np.testing.assert_allclose(affinity["standard_error"].values, stats.sem(stacked))
-    assert affinity.attrs["seeds"] == 4
+    assert affinity.attrs["units"] == 4
 
 
 def test_a_seed_without_all_specialists_does_not_count():

@@ -48,7 +48,7 @@ def few_figures(request, monkeypatch):
 
 
 def test_compare_writes_and_logs(store, tmp_path):
-    summary = compare(store, experiment=synthetic.EXPERIMENT, comparison="c-one", out=tmp_path)
+    summary = compare(store, experiment=synthetic.EXPERIMENT, comparison="c-one", out=tmp_path, pdf=True)
     assert list(summary.index) == ["baseline", "dtr"]
     assert summary.attrs["out"] == str(tmp_path)
     table = pd.read_csv(tmp_path / "tables" / "summary.csv", index_col="method")

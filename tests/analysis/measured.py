@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,18 @@ def representation_rows(hsic: dict[str, np.ndarray], timesteps: list[int], *, st
     }
 
 
-def run_with(folder: Path, *, transfers: list[dict] = (), representations: list[dict] = (), attempt: int = 1):
-    """A run that measured these; pieces of one checkpoint and measure share a file, as the command writes them."""
+def run_with(folder: Path, *, transfers: Sequence[dict] = (), representations: Sequence[dict] = ()) -> xr.Dataset:
+    """A run that measured these."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(synthetic.manifest().to_json())
+    write(folder, transfers=transfers, representations=representations)
+    run = read_telemetry(folder)
+    run.attrs["name"] = "measured"
+    return run
+
+
+def write(folder: Path, *, transfers: Sequence[dict] = (), representations: Sequence[dict] = ()) -> None:
+    """Adds to a ``telemetry`` folder; pieces of one checkpoint and measure share a file, as the command writes them."""
     files: dict[tuple[str, str], list[dict]] = {}
     for rows in transfers:
         files.setdefault((records.TASK_TRANSFER, f"{rows['measure']}-{rows['step']}"), []).append(rows)
@@ -70,10 +79,35 @@ def run_with(folder: Path, *, transfers: list[dict] = (), representations: list[
     for (table, name), pieces in files.items():
         (folder / table).mkdir(exist_ok=True)
         batches = [record_batch(table, rows) for rows in pieces]
-        (folder / table / f"{name}.parquet").write_bytes(shard_bytes(table, batches, attempt, resumed_from=None))
-    run = read_telemetry(folder)
-    run.attrs["name"] = "measured"
-    return run
+        (folder / table / f"{name}.parquet").write_bytes(shard_bytes(table, batches, 1, resumed_from=None))
+
+
+def write_everything(folder: Path, seed: int, step: int = 1000) -> None:
+    """Look-ahead, fine-tuning and representations of a run whose intervals help their neighbours most."""
+    rng = np.random.default_rng(seed)
+    distance = np.abs(np.subtract.outer(np.arange(K), np.arange(K)))
+    saved = 0.05 * np.exp(-distance / 2)
+    transfers = []
+    for repeat in range(4):
+        draw = saved + 0.003 * rng.standard_normal((K, K))
+        transfers.append(transfer_rows(draw, step=step, repeat=repeat, predicted=1.1 * draw))
+        transfers += [
+            transfer_rows(5 * draw - 0.1, step=step, repeat=repeat, measure=records.FINE_TUNING, updates=updates)
+            for updates in (10, 40)
+        ]
+    width = synthetic.T // K
+    times = [low + at for low in range(0, synthetic.T, width) for at in (width // 4, 3 * width // 4)]
+    near = np.exp(-np.abs(np.subtract.outer(times, times)) / 60)
+    representations = [
+        representation_rows(
+            {block: near + 0.01 * np.diag(rng.random(len(times))) for block in synthetic.CHANNELS},
+            times,
+            step=step,
+            batch=batch,
+        )
+        for batch in range(3)
+    ]
+    write(folder, transfers=transfers, representations=representations)
 
 
 def with_losses(loss: np.ndarray, *, seed: int, task: int | None = None) -> xr.Dataset:

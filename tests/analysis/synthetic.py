@@ -152,11 +152,12 @@ def activation_columns(method: str, seed: int, step: int) -> dict:
     return rows
 
 
-def write_telemetry(folder: Path, method: str, seed: int) -> None:
+def write_telemetry(folder: Path, method: str, seed: int, task: int | None = None) -> None:
     """The ``telemetry`` folder of a complete run: two shards per table, manifest, and masks if routed."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, len(method)])
-    (folder / "manifest.json").write_text(manifest(method, seed).to_json())
+    described = dataclasses.replace(manifest(method, seed), trained_task=task)
+    (folder / "manifest.json").write_text(described.to_json())
     shards = Shards(folder)
     for part, steps in enumerate(np.array_split(STEPS, 2)):
         name = f"part-{part:05d}"
@@ -184,10 +185,11 @@ def add_run(
     comparison: str = COMPARISON,
     status: str = "FINISHED",
     telemetry: bool = True,
+    task: int | None = None,
 ) -> str:
-    """Adds one training run to the store and returns its id."""
+    """Adds one training run to the store, or one specialist of a task, and returns its id."""
     tags = {
-        records.TAG_KIND: "training",
+        records.TAG_KIND: records.KIND_TRAINING if task is None else records.KIND_SPECIALIST,
         records.TAG_METHOD: method,
         records.TAG_SEED: str(seed),
         records.TAG_COMPARISON: comparison,
@@ -195,7 +197,7 @@ def add_run(
     run = client.create_run(experiment_id, run_name=f"{method}-{seed}", tags=tags)
     if telemetry:
         root = url2pathname(urlparse(run.info.artifact_uri).path)
-        write_telemetry(Path(root) / records.TELEMETRY_DIR, method, seed)
+        write_telemetry(Path(root) / records.TELEMETRY_DIR, method, seed, task)
     if status != "RUNNING":
         client.set_terminated(run.info.run_id, status)
     return run.info.run_id

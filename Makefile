@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo ui clean python-version
+.PHONY: help test lint demo ui notebooks clean python-version
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,16 @@ demo: $(RUNTIME) ## train, measure and compare baseline, random routing and DTR 
 
 ui: $(RUNTIME) ## open MLflow's user interface on the runs
 	$(BIN)/dtr-lab ui $(ARGS)
+
+# In the store of MLFLOW_TRACKING_URI, else mlflow.db here. What papermill notes of this machine is taken out again.
+notebooks: $(DEV) ## render the notebooks on the newest demo, into notebooks/rendered
+	mkdir -p notebooks/rendered
+	for notebook in notebooks/*.ipynb; do \
+	  copy=notebooks/rendered/$$(basename $$notebook); \
+	  $(BIN)/papermill --no-progress-bar --log-level WARNING $$notebook $$copy && \
+	  $(BIN)/nbstripout --keep-output --keep-id --drop-empty-cells \
+	    --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $$copy || exit 1; \
+	done
 
 clean: ## remove .venv and caches, never runs or the store
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

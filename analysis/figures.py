@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from analysis import convergence, frames
 from analysis.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
 from analysis.channel_figures import (
     channel_count_figure,
@@ -24,10 +23,16 @@ from analysis.conflict_figures import (
     raw_vs_corrected_figure,
     update_figure,
 )
-from analysis.methods import method_name, reference_method
-from analysis.panels import ReportFigure, ReportSection, Runs, panels
-from analysis.plots.curves import plot_curves
-from analysis.plots.intervals import plot_interval_change, plot_interval_loss
+from analysis.convergence_figures import (
+    arrivals_figure,
+    cost_figure,
+    curves_figure,
+    interval_curves_figure,
+    interval_effects_figure,
+    intervals_figure,
+    speed_up_figure,
+)
+from analysis.panels import ReportFigure, ReportSection, Runs
 from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
 
 Maker = Callable[[Runs], ReportFigure | None]
@@ -41,7 +46,15 @@ def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
         curves: `frames.curves_frame` of it.
     """
     makers: dict[str, list[tuple[str, Maker]]] = {
-        "Convergence": [("val_loss", lambda _: curves_figure(curves)), ("val_loss", intervals_figure)],
+        "Convergence": [
+            ("val_loss", lambda _: curves_figure(curves)),
+            ("val_loss", lambda _: cost_figure(curves)),
+            ("val_loss", lambda _: arrivals_figure(curves)),
+            ("val_loss", lambda _: speed_up_figure(curves)),
+            ("val_loss", intervals_figure),
+            ("val_loss", lambda usable: interval_effects_figure(usable, curves)),
+            ("val_loss", lambda _: interval_curves_figure(curves)),
+        ],
         "Gradient conflict": [
             ("gramian", conflict_figure),
             ("gramian", raw_vs_corrected_figure),
@@ -75,47 +88,3 @@ def _made(makers: list[tuple[str, Maker]], runs: Runs) -> list[ReportFigure]:
     """The figures whose variable some of the runs have, of these runs."""
     made = [maker(usable) for variable, maker in makers if (usable := [run for run in runs if variable in run])]
     return [figure for figure in made if figure is not None]
-
-
-def curves_figure(curves: pd.DataFrame) -> ReportFigure:
-    """Validation loss over steps: overall, at low and at high noise."""
-    parts = (
-        (frames.VAL_LOSS, "all timesteps"),
-        (frames.LOW_NOISE, "low noise: first quarter of T"),
-        (frames.HIGH_NOISE, "high noise: last quarter of T"),
-    )
-    figure, axes = panels(1, len(parts), height=3.2)
-    for ax, (metric, title) in zip(axes[0], parts, strict=True):
-        aligned = convergence.aligned_curves(curves, metric)
-        plot_curves(aligned, mean=convergence.mean_curves(aligned), title=title, ax=ax)
-    for ax in axes[0][1:]:
-        ax.set_ylabel("")
-        ax.get_legend().remove()
-    return ReportFigure(
-        "validation_loss",
-        "Validation loss during training",
-        "Mean unweighted loss on held-out images at fixed noise and timesteps. Thin lines are single seeds, thick "
-        "lines their mean. Look whether the methods' bundles of seeds separate, and by the end or only on the way; "
-        "the value axes differ between panels.",
-        figure,
-    )
-
-
-def intervals_figure(runs: Runs) -> ReportFigure:
-    """Final loss by interval, and relative to the reference method."""
-    losses = frames.interval_losses(runs)
-    reference = reference_method(losses["method"])
-    changes = frames.interval_changes(losses, reference)
-    figure, axes = panels(1, 1 if changes.empty else 2, width=5.2, height=3.8)
-    plot_interval_loss(losses, runs[0], ax=axes[0][0])
-    if not changes.empty:
-        plot_interval_change(changes, runs[0], ax=axes[0][1])
-        axes[0][1].set_ylabel(f"loss relative to {method_name(reference)}")
-    return ReportFigure(
-        "interval_loss",
-        "Where on the noise axis the difference lies",
-        "Left: validation loss of each timestep interval at the end of training, one line per run. Right: the same "
-        f"relative to {method_name(reference)} with the same seed; dots are seeds, bars their mean, below zero is "
-        "better. A bar whose dots lie on both sides of zero is not a difference.",
-        figure,
-    )

@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from analysis.activations import effective_channels
+from analysis.axes import CURVE_COLUMNS, add_axes
 from analysis.gramians import run_gramian
 from analysis.jackknife import quotable_error
 from analysis.significance import conflict_rate
@@ -20,7 +21,6 @@ HIGH_NOISE = "loss/val_high_noise"
 TRAIN_LOSS = "loss/train_mse"
 CONFLICT_RATE = "conflict/rate"
 EFFECTIVE_CHANNELS = "activation/effective_channels"
-CURVE_COLUMNS = ["run", "method", "seed", "step", "metric", "value"]
 
 
 def mean_loss(moments: xr.DataArray, quantity: str = "mse") -> xr.DataArray:
@@ -77,15 +77,18 @@ def curves_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
     - ``activation/effective_channels``: of what blocks read, averaged over blocks and tasks.
 
     Returns:
-        Columns run (id), method, seed, step, metric, value.
+        Columns run (id), method, seed, step, samples, seconds, flops, metric, value; see `axes.add_axes`.
     """
-    pieces = []
-    for run in runs:
-        for metric, curve in run_curves(run).items():
-            dim = str(curve.dims[0])
-            piece = pd.DataFrame({"step": curve[dim].values, "metric": metric, "value": curve.values})
-            pieces.append(piece.assign(**{key: run.attrs[name] for key, name in _KEYS.items()}))
-    return pd.concat(pieces, ignore_index=True)[CURVE_COLUMNS] if pieces else pd.DataFrame(columns=CURVE_COLUMNS)
+    found = [(run.attrs, metric, curve) for run in runs for metric, curve in run_curves(run).items()]
+    if not found:
+        return pd.DataFrame(columns=CURVE_COLUMNS)
+    # One frame from long columns: one for each curve would take most of the time.
+    lengths = [curve.size for _, _, curve in found]
+    table = {key: np.repeat([attrs[name] for attrs, _, _ in found], lengths) for key, name in _KEYS.items()}
+    table["metric"] = np.repeat([metric for _, metric, _ in found], lengths)
+    table["step"] = np.concatenate([curve[curve.dims[0]].values for _, _, curve in found])
+    table["value"] = np.concatenate([curve.values for _, _, curve in found])
+    return add_axes(pd.DataFrame(table), runs)
 
 
 _KEYS = {"run": "run_id", "method": "method", "seed": "seed"}

@@ -10,8 +10,9 @@ import pandas as pd
 import xarray as xr
 
 from analysis.conflict_summary import conflict_sentences
-from analysis.convergence import paired_difference, speed_up, steps_to_baseline
-from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS
+from analysis.convergence import median_arrivals, paired_difference, steps_to_baseline
+from analysis.convergence_summary import clock_warning, convergence_sentences
+from analysis.frames import VAL_LOSS
 from analysis.gramians import same_parts
 from analysis.methods import method_name, ordered, reference_method
 from analysis.significance import NOISE_NULL
@@ -76,10 +77,9 @@ def _arrival_text(reached: pd.DataFrame) -> str:
     if len(reached) < FEW_SEEDS:
         steps = [f"{row.step:,.0f}" if row.arrived else NOT_REACHED for row in reached.itertuples()]
         return ", ".join(steps)
-    # Censored runs count as later than all others, which the median can bear while fewer than half are censored.
-    median = float(np.median(reached["step"].where(reached["arrived"], np.inf)))
-    share = f"{int(reached['arrived'].sum())} of {len(reached)} runs"
-    return f"{median:,.0f} ({share})" if np.isfinite(median) else f"{NOT_REACHED} ({share})"
+    row = median_arrivals(reached).iloc[0]
+    share = f"{row['arrived']:.0f} of {row['runs']:.0f} runs"
+    return f"{row['median']:,.0f} ({share})" if np.isfinite(row["median"]) else f"{NOT_REACHED} ({share})"
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
@@ -135,7 +135,7 @@ class Verdict:
 
 
 def verdict(runs: Sequence[xr.Dataset], summary: pd.DataFrame, curves: pd.DataFrame) -> Verdict:
-    """States for every method whether it ended lower, equal or higher than the reference, and whether it was faster.
+    """States for every method how it converges against the reference, and how often its intervals conflict.
 
     Args:
         runs: What was compared.
@@ -143,77 +143,15 @@ def verdict(runs: Sequence[xr.Dataset], summary: pd.DataFrame, curves: pd.DataFr
         curves: `frames.curves_frame` of it.
     """
     reference = str(summary.index[0])
-    reached = steps_to_baseline(curves, VAL_LOSS, reference)
     # DTR before its control: the last method is the one that the comparison is about.
     others = [str(method) for method in reversed(summary.index[1:])]
-    findings = [_loss_sentence(curves, method, reference) for method in others]
-    findings += [_speed_sentence(reached, method, reference) for method in others]
-    findings += [_parts_sentence(curves, method, reference) for method in others]
-    findings = [sentence for sentence in findings if sentence] + conflict_sentences(runs, summary)
-    if len(summary) == 1:
+    findings = convergence_sentences(curves, reference, others) + conflict_sentences(runs, summary)
+    if not others:
         findings.insert(0, f"Only {method_name(reference)} was run: there is nothing to compare it with.")
-    seeds = int(summary["seeds"].min())
-    warnings = [seed_warning(seeds), *comparability(runs)] if len(summary) > 1 else comparability(runs)
+        return Verdict(findings, comparability(runs))
+    pairs = int(summary.loc[others, "paired"].min())
+    warnings = [seed_warning(pairs, of=int(summary["seeds"].max())), *comparability(runs), clock_warning(curves)]
     return Verdict(findings, [text for text in warnings if text])
-
-
-def _loss_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
-    difference, interval = paired_difference(curves, VAL_LOSS, method, reference)
-    name, base = method_name(method), method_name(reference)
-    if not interval.count:
-        return f"{name} and {base} have no finished run with the same seed, so they are not compared."
-    if difference.isna().any():
-        return (
-            f"{name} or {base} diverged in {difference.isna().sum()} of {interval.count} seeds: see the table of runs."
-        )
-    level = curves[(curves["metric"] == VAL_LOSS) & (curves["method"] == reference)].sort_values("step")
-    relative = interval.estimate / level.groupby("run")["value"].last().mean()
-    amount = f"{abs(interval.estimate):.3g} ({abs(relative):.1%})"
-    direction = "lower" if interval.estimate < 0 else "higher"
-    listed = ", ".join(f"{value:+.3g}" for value in difference)
-    if interval.count == 1:
-        return f"{name} ends {amount} {direction} than {base} in the one seed they share; one pair is no evidence."
-    span = f"95 % paired interval [{interval.low:+.3g}, {interval.high:+.3g}], {interval.count} seeds: {listed}"
-    if interval.excludes_zero:
-        return f"{name} ends {direction} than {base}, by {amount} in final validation loss ({span})."
-    if (np.sign(difference) == np.sign(interval.estimate)).all():
-        return (
-            f"{name} ends {direction} than {base} in each of {interval.count} seeds, by {amount} in the mean final "
-            f"validation loss, but these are too few to exclude that they are level ({span})."
-        )
-    return (
-        f"{name} and {base} end level as far as these seeds can tell: the mean difference in final validation loss is "
-        f"{amount} {direction}, but its interval includes zero ({span})."
-    )
-
-
-def _parts_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
-    parts = []
-    for metric, words in ((LOW_NOISE, "low noise"), (HIGH_NOISE, "high noise")):
-        interval = paired_difference(curves, metric, method, reference)[1]
-        if interval.count < 2 or not np.isfinite(interval.estimate):
-            return ""
-        resolved = "" if interval.excludes_zero else ", not resolved"
-        parts.append(f"{interval.estimate:+.3g} at {words} [{interval.low:+.3g}, {interval.high:+.3g}]{resolved}")
-    return f"{method_name(method)} minus {method_name(reference)} by noise level: {'; '.join(parts)}."
-
-
-def _speed_sentence(reached: pd.DataFrame, method: str, reference: str) -> str:
-    ratio, interval = speed_up(reached, method, reference)
-    if ratio.empty:
-        return ""
-    name, base = method_name(method), method_name(reference)
-    own = reached[(reached["method"] == method) & reached["seed"].isin(ratio.index)]
-    arrived, pairs = int(own["arrived"].sum()), len(own)
-    if arrived < pairs:
-        return f"{name} reached the final loss of {base} in {arrived} of {pairs} seeds within its training."
-    listed = ", ".join(f"{value:.2f}" for value in ratio)
-    if interval.count == 1:
-        return f"{name} reached the final loss of {base} in {1 / ratio.iloc[0]:.0%} of the steps, in one seed."
-    span = f"95 % interval [{interval.low:.2f}, {interval.high:.2f}]; seeds: {listed}"
-    certain = interval.low > 1 or interval.high < 1
-    note = "" if certain else ", which the seeds cannot tell from 1"
-    return f"{name} reached the final loss of {base} {interval.estimate:.2f}x as fast ({span}){note}."
 
 
 def comparability(runs: Sequence[xr.Dataset]) -> list[str]:

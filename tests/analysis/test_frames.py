@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis import frames
+from analysis.axes import CURVE_COLUMNS
 from analysis.telemetry import read_telemetry
 from lightning_modules.tracking import records
 from tests.analysis import synthetic
@@ -15,7 +16,9 @@ BOUNDS = [0, 20, 40, 1000]
 
 def test_curves_follow_the_true_losses(runs):
     curves = frames.curves_frame(runs)
-    assert list(curves.columns) == ["run", "method", "seed", "step", "metric", "value"]
+    assert list(curves.columns) == CURVE_COLUMNS
+    np.testing.assert_array_equal(curves["samples"], 64 * curves["step"])
+    assert curves[["seconds", "flops"]].isna().all(axis=None)  # neither was measured in these runs
     for method, seed, step in (("baseline", 0, 100), ("dtr", 2, 1000)):
         truth = synthetic.val_loss(method, seed, step)
         rows = curves[(curves.method == method) & (curves.seed == seed) & (curves.step == step)]
@@ -49,7 +52,7 @@ def test_a_run_without_probes_yields_what_it_has(runs):
     row = frames.runs_frame([bare]).iloc[0]
     assert np.isnan(row.conflict_rate)
     assert "conflict/rate" not in set(frames.curves_frame([bare]).metric)
-    assert frames.curves_frame([]).empty
+    assert frames.curves_frame([]).columns.tolist() == CURVE_COLUMNS
 
 
 def stratified_run(folder, like, skipped=range(0)):

@@ -173,3 +173,45 @@ def test_comparability_within_one_method(runs):
     others = [run for run in runs if run.attrs["method"] == "dtr"]
     between = comparability([*(changed(run, batch_size=128) for run in baseline), *others])
     assert between == ["The runs differ in batch_size: a difference between methods may come from that."]
+
+
+def test_verdict_warns_if_not_all_seeds_can_be_paired(runs):
+    said = verdict([run for run in runs if run.attrs["name"] != "dtr-2"])
+    assert said.warnings[0].startswith("Only 2 of 3 seeds can be paired")
+    assert "2 seeds: an interval from so few" in said.warnings[0]
+    assert "DTR ends lower than Baseline, by" in said.findings[0]
+    assert "a hint from too few seeds to claim it" in said.findings[0]
+    strangers = [run for run in runs if run.attrs["name"] in ("baseline-0", "dtr-1")]
+    found = verdict(strangers)
+    assert found.findings[0] == "DTR and Baseline have no finished run with the same seed, so they are not compared."
+    assert "nothing can be paired" in found.warnings[0]
+
+
+def test_verdict_says_if_the_order_is_another_at_equal_time(runs):
+    def timed(run):
+        seconds = run["val_step"].values * (3.0 if run.attrs["method"] == "dtr" else 1.0)
+        return run.assign(training_seconds=("clock_step", seconds)).assign_coords(clock_step=run["val_step"].values)
+
+    said = " ".join(verdict([timed(run) for run in runs]).findings)
+    assert "DTR is lower than Baseline at equal steps" in said
+    assert "but higher at equal training time" in said
+    assert "Random routing is lower than Baseline" not in said
+
+
+def many_seeds(runs, count, late):
+    """A baseline and a DTR run of so many seeds each, of which the last DTR runs are too slow to arrive."""
+    made = []
+    for seed in range(count):
+        for run in runs[0], next(run for run in runs if run.attrs["method"] == "dtr"):
+            slow = run.attrs["method"] == "dtr" and seed >= count - late
+            copy = changed(scaled(run, 3.0) if slow else run, seed=seed)
+            made.append(copy.assign_attrs(seed=seed, run_id=f"{run.attrs['method']}{seed}"))
+    return made
+
+
+def test_of_many_seeds_the_median_is_shown_and_how_many_arrived(runs):
+    text = summary_frame(many_seeds(runs, 10, late=3)).loc["dtr", "steps_to_baseline"]
+    steps = float(text.split(" ")[0])
+    np.testing.assert_allclose(steps, 1000 / synthetic.DTR_SPEED, rtol=0.06)
+    assert text.endswith(" (7 of 10 runs)")
+    assert summary_frame(many_seeds(runs, 10, late=6)).loc["dtr", "steps_to_baseline"] == "not reached (4 of 10 runs)"

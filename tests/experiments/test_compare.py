@@ -7,6 +7,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from analysis import figures as drawing
+from analysis.axes import CURVE_COLUMNS
 from analysis.runs import load_runs
 from experiments.__main__ import main
 from experiments.compare import compare, print_summary
@@ -54,7 +55,7 @@ def test_compare_writes_and_logs(store, tmp_path):
     table = pd.read_csv(tmp_path / "tables" / "summary.csv", index_col="method")
     assert table.loc["dtr", "val_loss"] == pytest.approx(summary.loc["dtr", "val_loss"])
     curves = pd.read_csv(tmp_path / "tables" / "curves.csv")
-    assert list(curves.columns) == ["run", "method", "seed", "step", "metric", "value"]
+    assert list(curves.columns) == CURVE_COLUMNS
     figures = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert {"conflict_matrix.png", "raw_vs_corrected.png", "noise_scale.png", "update_shares.png"} <= figures
     client = MlflowClient(tracking_uri=store)

@@ -1,0 +1,172 @@
+"""How many times cheaper a method gets to where the baseline is, and what can be said if some runs never get there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from analysis.arrivals import Arrival, arrival_axis, steps_to_threshold
+from analysis.axes import Axis, SeedCurves, seed_curves
+from analysis.uncertainty import Interval, geometric_mean_interval
+
+Pairs = dict[int, tuple[Arrival, Arrival]]
+"""Arrivals of the method and of the baseline, by seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedUp:
+    """Cost of the baseline / cost of the method, paired by seed; above 1 the method is faster.
+
+    A method that never arrived bounds its ratio from above, a baseline that never arrived from below; if neither did,
+    nothing is known. Bounds of a mean or median follow from those of the ratios. They hold for these seeds; they are no
+    confidence interval.
+
+    Attributes:
+        ratios: Index seed, columns low and high: bounds of the ratio, equal where both runs arrived.
+        interval: Geometric mean with a t-interval on the logarithm; NaN as soon as any ratio is only bounded.
+        mean_bounds: Of the geometric mean.
+        median_bounds: Of the median (of logarithms, if it falls between two).
+    """
+
+    ratios: pd.DataFrame
+    interval: Interval
+    mean_bounds: tuple[float, float]
+    median_bounds: tuple[float, float]
+
+    @property
+    def median(self) -> float:
+        """The median ratio if the uncensored ones determine it, else NaN."""
+        low, high = self.median_bounds
+        return low if np.isclose(low, high) else np.nan
+
+
+def speed_up(
+    reached: pd.DataFrame, method: str, baseline: str = "baseline", level: float = 0.95
+) -> tuple[pd.Series, Interval]:
+    """How many times less a method needs, paired by seed: cost of the baseline / cost of the method.
+
+    Args:
+        reached: Result of `arrivals.arrivals`, on any axis.
+        method: The method in question.
+        baseline: What it is compared with.
+        level: Confidence level.
+
+    Returns:
+        The ratio per seed, and its geometric mean with a t-interval on the logarithm. A method that never arrived is
+        censored: its ratio is an upper bound, so with any such seed estimate and interval are NaN, not a guess; see
+        `speed_up_bounds` for what can be said then.
+    """
+    pairs = _pairs(reached, method, baseline)
+    ratio = pd.Series({seed: _ratio(*pair) for seed, pair in pairs.items()}, dtype=float)
+    return ratio.rename_axis("seed"), _compared(pairs, level).interval
+
+
+def speed_up_bounds(reached: pd.DataFrame, method: str, baseline: str = "baseline", level: float = 0.95) -> SpeedUp:
+    """As `speed_up`, with honest bounds in place of what runs that never arrived leave open.
+
+    Args:
+        reached: Result of `arrivals.arrivals`, on any axis.
+        method: The method in question.
+        baseline: What it is compared with.
+        level: Confidence level.
+
+    Raises:
+        ValueError: If a run has arrived at position 0, where no ratio exists: the threshold is too high.
+    """
+    return _compared(_pairs(reached, method, baseline), level)
+
+
+def _pairs(reached: pd.DataFrame, method: str, baseline: str) -> Pairs:
+    axis = arrival_axis(reached)
+    by_method = {
+        name: {
+            int(seed): Arrival(float(at), bool(arrived))
+            for seed, at, arrived in zip(own["seed"], own[axis], own["arrived"], strict=True)
+        }
+        for name, own in reached.groupby("method")
+    }
+    own, other = by_method.get(method, {}), by_method.get(baseline, {})
+    return {seed: (own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())}
+
+
+def _compared(pairs: Pairs, level: float) -> SpeedUp:
+    if any(arrival.arrived and arrival.step <= 0 for pair in pairs.values() for arrival in pair):
+        raise ValueError("a run is at the threshold from the start, where no speed-up exists: choose a lower threshold")
+    low = [_ratio(own, other) if own.arrived else 0.0 for own, other in pairs.values()]
+    high = [_ratio(own, other) if other.arrived else np.inf for own, other in pairs.values()]
+    ratios = pd.DataFrame({"low": low, "high": high}, index=pd.Index(list(pairs), name="seed"), dtype=float)
+    determined = ratios["low"] == ratios["high"]
+    if determined.all():
+        interval = geometric_mean_interval(ratios["low"].to_numpy(), level)
+    else:
+        interval = Interval(np.nan, np.nan, np.nan, level, len(ratios))
+    with np.errstate(divide="ignore"):
+        logs = ratios.transform(np.log)
+    mean, median = np.exp(logs.mean()), np.exp(logs.median())
+    return SpeedUp(ratios, interval, (mean["low"], mean["high"]), (median["low"], median["high"]))
+
+
+def _ratio(own: Arrival, other: Arrival) -> float:
+    return other.step / own.step if own.step > 0 else np.inf  # a run that was followed no further than position 0
+
+
+def speed_up_curve(
+    curves: pd.DataFrame,
+    metric: str,
+    method: str,
+    baseline: str = "baseline",
+    level: float = 0.95,
+    axis: Axis = "step",
+    *,
+    points: int = 20,
+) -> pd.DataFrame:
+    """Speed-up to each of a range of thresholds, which the baseline alone fixes: is the method ahead only early on?
+
+    The thresholds are the values that the baseline has, seed by seed, at evenly spaced positions up to its end, where
+    it is at its final value. They begin where both methods are followed: no threshold lies above a first measurement.
+
+    Args:
+        curves: Tidy frame.
+        metric: One of its metrics; lower is better.
+        method: The method in question.
+        baseline: What it is compared with.
+        level: Confidence level, at each threshold by itself.
+        axis: What the cost is measured in.
+        points: Number of thresholds.
+
+    Returns:
+        Columns method, the axis (position of the baseline), threshold (mean over seeds); estimate, low, high (geometric
+        mean and t-interval; NaN with a run that never arrived), at_least, at_most (bounds of the mean), median (NaN if
+        not determined); arrived and pairs. Empty without a common seed, or if the method starts below where the
+        baseline ends.
+    """
+    found = seed_curves(curves, metric, axis)
+    seeds = [seed for name, seed in found if name == method and (baseline, seed) in found]
+    rows = []
+    for position in _positions(found, seeds, method, baseline, points):
+        pairs, thresholds = {}, []
+        for seed in seeds:
+            own, other = found[method, seed], found[baseline, seed]
+            thresholds.append(threshold := float(np.interp(position, *other)))
+            pairs[seed] = steps_to_threshold(*own, threshold), steps_to_threshold(*other, threshold)
+        speed = _compared(pairs, level)
+        arrived = sum(own.arrived for own, _ in pairs.values())
+        interval = (speed.interval.estimate, speed.interval.low, speed.interval.high)
+        mean = float(np.mean(thresholds))
+        rows.append((method, position, mean, *interval, *speed.mean_bounds, speed.median, arrived, len(pairs)))
+    numbers = ["threshold", "estimate", "low", "high", "at_least", "at_most", "median", "arrived", "pairs"]
+    return pd.DataFrame(rows, columns=["method", axis, *numbers])
+
+
+def _positions(found: SeedCurves, seeds: list[int], method: str, baseline: str, points: int) -> list[float]:
+    """Positions of the baseline, from where it is below the first measurement of the method in every seed."""
+    if not seeds:
+        return []
+    begun = [steps_to_threshold(*found[baseline, seed], found[method, seed].value[0]) for seed in seeds]
+    start = max([arrival.step for arrival in begun] + [found[baseline, seed].x[0] for seed in seeds])
+    end = min(found[baseline, seed].x[-1] for seed in seeds)
+    if not all(arrival.arrived for arrival in begun) or start >= end:
+        return []
+    return np.linspace(start, end, points).tolist()

@@ -156,11 +156,12 @@ def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) 
         return gramian.sum("layer", dtype=float, skipna=False)
     names = [_block_of(str(layer), blocks) for layer in gramian["layer"].values]
     rows = _network_order(names, blocks)
-    parts = [
-        gramian.isel(layer=[at for at, name in enumerate(names) if name == row]).sum("layer", dtype=float, skipna=False)
-        for row in rows
-    ]
-    return xr.concat(parts, xr.Variable("block", rows)).transpose(STEP, "block", ...)
+    ordered = gramian.transpose(STEP, "layer", ...)
+    members = [[at for at, name in enumerate(names) if name == row] for row in rows]
+    sums = np.stack([ordered.values[:, own].sum(1, dtype=float) for own in members], axis=1)
+    # The first layer of each block lends it the labels.
+    labelled = ordered.isel(layer=[own[0] for own in members]).copy(data=sums)
+    return labelled.drop_vars("layer").rename(layer="block").assign_coords(block=rows)
 
 
 def _block_of(layer: str, blocks: Sequence[str]) -> str:
@@ -217,10 +218,13 @@ def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.Da
             f"the runs have different {level}s, whose Gramians cannot be pooled {level} by {level}: choose runs of one "
             "architecture, or pool them at the level 'total'"
         )
-    gramians = [run_gramian(run, level) for run in runs]
-    counts = [run["group_count"] for run in runs]
-    of_run = np.repeat(np.arange(len(runs)), [count.sizes[STEP] for count in counts])
-    return (
-        xr.concat(gramians, STEP, join="exact").assign_coords(run=(STEP, of_run)),
-        xr.concat(counts, STEP, join="exact").assign_coords(run=(STEP, of_run)),
-    )
+    gramian = _joined([run_gramian(run, level) for run in runs])
+    count = _joined([run["group_count"] for run in runs])
+    of_run = (STEP, np.repeat(np.arange(len(runs)), [run.sizes[STEP] for run in runs]))
+    return gramian.assign_coords(run=of_run), count.assign_coords(run=of_run)
+
+
+def _joined(parts: Sequence[xr.DataArray]) -> xr.DataArray:
+    """One after the other along the probes, with the labels of the first; a single one is not copied."""
+    # Comparing the labels of all would take longer than all else.
+    return xr.concat(parts, STEP, join="exact", coords="minimal", compat="override") if len(parts) > 1 else parts[0]

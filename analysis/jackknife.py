@@ -16,8 +16,8 @@ units of unequal size). A unit is
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ import xarray as xr
 from scipy import stats
 
 from analysis.gramians import STEP
-from analysis.moments import MOMENTS, labelled, moments_of, plain_arrays
+from analysis.moments import MOMENTS, labelled, moments_of, plain_arrays, probe_chunks, products_of
 from lightning_modules.errors import UserInputError
 
 Errors = Literal["probes", "runs"]
@@ -39,7 +39,6 @@ MIN_UNITS = 8
 SIGNAL_ERRORS = 2.0
 """A squared norm counts as distinct from zero beyond this many standard errors (or Student's t of the same p)."""
 _UNIT = "unit"
-_CHUNK_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +62,12 @@ class PooledProbes:
         """The averages over all probes."""
         return _ratio(self.sums.sum(_UNIT), self.numbers.sum(_UNIT))
 
+    @functools.cached_property
+    def _plain(self) -> PooledProbes:
+        """The same without coordinates: comparing them at each step of a statistic takes longer than computing it."""
+        sums, numbers = (data.drop_vars(list(data.coords)) for data in (self.sums, self.numbers))
+        return dataclasses.replace(self, sums=sums, numbers=numbers)
+
     @property
     def runs(self) -> int:
         """Number of runs behind the probes."""
@@ -73,7 +78,8 @@ class PooledProbes:
 
         Args:
             name: Of the statistic.
-            statistic: From averages (a Dataset, maybe with a further dimension ``unit``) to the statistic.
+            statistic: From averages (a Dataset without coordinates, maybe with a further dimension ``unit``) to the
+                statistic.
             errors: What the error allows to vary, see the module.
 
         Returns:
@@ -83,11 +89,12 @@ class PooledProbes:
         Raises:
             UserInputError: If errors over runs are asked for and there is one run.
         """
-        pool = self if errors == "probes" else self._by_run()
+        pool = self._plain if errors == "probes" else self._plain._by_run()
         value = statistic(pool.means)
         error = pool._standard_error(value, statistic)
         attrs = {"units": len(pool.probes), "runs": self.runs, "errors": errors}
-        return xr.Dataset({name: value, "standard_error": error.transpose(*value.dims)}, attrs=attrs)
+        found = xr.Dataset({name: value, "standard_error": error.transpose(*value.dims)}, attrs=attrs)
+        return found.assign_coords({n: c for n, c in self.sums.coords.items() if set(c.dims) <= set(value.dims)})
 
     def is_positive(self, statistic: Statistic) -> xr.DataArray:
         """Whether a statistic is more than `SIGNAL_ERRORS` standard errors (over probes) above zero; False if unknown.
@@ -108,13 +115,12 @@ class PooledProbes:
                 "errors over runs need at least two runs, and these probes come from one: pool several seeds "
                 "(`gramians.pool_runs`), or take errors over probes, which speak about this network only"
             )
-        of_unit = xr.DataArray(place, dims=_UNIT, name="of_run")
-        return PooledProbes(
-            self.sums.groupby(of_unit).sum().rename(of_run=_UNIT),
-            self.numbers.groupby(of_unit).sum().rename(of_run=_UNIT),
-            np.bincount(place, self.probes).astype(np.int64),
-            names,
+        belongs = xr.DataArray(np.equal.outer(np.arange(len(names)), place).astype(float), dims=("run", _UNIT))
+        sums, numbers = (
+            data.map(lambda values: xr.dot(belongs, values, dim=_UNIT)).rename(run=_UNIT)
+            for data in (self.sums, self.numbers)
         )
+        return PooledProbes(sums, numbers, np.bincount(place, self.probes).astype(np.int64), names)
 
     def _standard_error(self, value: xr.DataArray, statistic: Statistic) -> xr.DataArray:
         units = len(self.probes)
@@ -164,7 +170,7 @@ def pool_probes(
         series: Further quantities (gradient_step, ...) to average over the same probes.
 
     Returns:
-        Sums of `moments.probe_moments` and of ``series``.
+        Sums of `moments.probe_moments`, of ``product`` alone if not halved, and of ``series``.
 
     Raises:
         ValueError: If halves are needed and there is one per task.
@@ -173,42 +179,51 @@ def pool_probes(
         raise ValueError("the Gramian has one half per task: noise correction needs probes with at least two halves")
     values, counts, lead = plain_arrays(gramian, count)
     unit, run = _units(gramian)
-    num_units, size = int(unit[-1]) + 1, values[0].size
     sums: dict[str, npt.NDArray] = {}
     numbers: dict[str, npt.NDArray] = {}
-    for rows, at in _chunks(unit, max(1, _CHUNK_BYTES // (8 * size))):
-        for name, array in zip(MOMENTS, moments_of(values[rows], counts[rows]), strict=True):
-            known = np.isfinite(array)
-            sums.setdefault(name, np.zeros((num_units, *array.shape[1:])))[at] += np.where(known, array, 0.0).sum(0)
-            numbers.setdefault(name, np.zeros((num_units, *array.shape[1:])))[at] += known.sum(0)
-    shape = [num_units, *(gramian.sizes[dim] for dim in lead)]
+    for rows in probe_chunks(values):
+        found = moments_of(values[rows], counts[rows]) if halved else (products_of(values[rows], counts[rows]),)
+        for name, array in zip(MOMENTS, found, strict=False):
+            for into, own in zip((sums, numbers), _unit_sums(array, np.isfinite(array), unit[rows]), strict=True):
+                into.setdefault(name, np.zeros((unit[-1] + 1, *array.shape[1:])))
+                into[name][unit[rows][0] : unit[rows][-1] + 1] += own
+    shape = [int(unit[-1]) + 1, *(gramian.sizes[dim] for dim in lead)]
     total, number = (
         xr.Dataset(
             {name: labelled(a.reshape(*shape, *a.shape[2:]), (_UNIT, *lead), gramian) for name, a in arrays.items()}
         )
         for arrays in (sums, numbers)
     )
-    pool = PooledProbes(total, number, np.bincount(unit), run)
-    if series is None:
-        return pool
-    more = pool_series(xr.Dataset(series), gramian)
-    return dataclasses.replace(
-        pool, sums=pool.sums.assign(more.sums.data_vars), numbers=pool.numbers.assign(more.numbers.data_vars)
-    )
+    if series is not None:
+        more = pool_series(xr.Dataset(series), gramian)
+        total, number = total.assign(more.sums.data_vars), number.assign(more.numbers.data_vars)
+    return PooledProbes(total, number, np.bincount(unit), run)
 
 
 def pool_series(values: xr.Dataset, probes: xr.DataArray) -> PooledProbes:
     """Sums of quantities (gradient_step, ...) over units; ``probes`` has the coordinate ``run`` if they are pooled."""
     unit, run = _units(probes)
-    of_unit = xr.DataArray(unit, dims=STEP, name=_UNIT)
-    plain = values.drop_vars([name for name, coord in values.coords.items() if STEP in coord.dims])
-    known = plain.notnull()
-    return PooledProbes(
-        plain.where(known, 0.0).groupby(of_unit).sum().drop_vars(_UNIT),
-        known.astype(float).groupby(of_unit).sum().drop_vars(_UNIT),
-        np.bincount(unit),
-        run,
-    )
+    sums: dict[str, xr.DataArray] = {}
+    numbers: dict[str, xr.DataArray] = {}
+    for name, array in values.drop_vars([name for name, c in values.coords.items() if STEP in c.dims]).items():
+        ordered = array.transpose(STEP, ...)
+        parts = _unit_sums(ordered.values, ordered.notnull().values, unit)
+        for found, own in zip((sums, numbers), parts, strict=True):
+            found[str(name)] = xr.DataArray(own, dims=(_UNIT, *ordered.dims[1:]), coords=ordered.coords)
+    return PooledProbes(xr.Dataset(sums), xr.Dataset(numbers), np.bincount(unit), run)
+
+
+def _unit_sums(
+    values: npt.NDArray, known: npt.NDArray[np.bool_], unit: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray, npt.NDArray]:
+    """Sums (U, ...) of the known values (S, ...) of the probes of each unit, and how many those are."""
+    starts = np.flatnonzero(np.r_[True, unit[1:] != unit[:-1]])
+    if known.all():
+        sizes = np.diff(np.r_[starts, len(unit)]).reshape(-1, *[1] * (values.ndim - 1))
+        sums = np.add.reduceat(values, starts, axis=0, dtype=float)
+        return sums, np.broadcast_to(sizes, sums.shape).astype(float)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=0, dtype=float)
+    return sums, np.add.reduceat(known, starts, axis=0, dtype=float)
 
 
 def _units(probes: xr.DataArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -223,14 +238,6 @@ def _units(probes: xr.DataArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.
         of_run += [run[start]] * batches
         used += batches
     return np.concatenate(unit), np.asarray(of_run)
-
-
-def _chunks(unit: npt.NDArray[np.int64], longest: int) -> Iterable[tuple[slice, int]]:
-    """Pieces of at most so many consecutive probes of one unit."""
-    edges = np.r_[np.flatnonzero(np.r_[True, unit[1:] != unit[:-1]]), len(unit)]
-    for low, high in itertools.pairwise(edges):
-        for start in range(low, high, longest):
-            yield slice(start, min(start + longest, high)), int(unit[low])
 
 
 def _ratio(sums: xr.Dataset, numbers: xr.Dataset) -> xr.Dataset:

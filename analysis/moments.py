@@ -9,6 +9,9 @@ plain cosine is 60 times too small.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
@@ -17,6 +20,7 @@ from analysis.gramians import STEP
 
 FloatArray = npt.NDArray[np.float64]
 MOMENTS = ("product", "squared_norm", "trace")
+_CHUNK_BYTES = 2**22
 
 
 def probe_moments(gramian: xr.DataArray, count: xr.DataArray) -> xr.Dataset:
@@ -50,7 +54,26 @@ def probe_moments(gramian: xr.DataArray, count: xr.DataArray) -> xr.Dataset:
 
 def task_gramian(gramian: xr.DataArray, count: xr.DataArray) -> xr.DataArray:
     """G_kl of the tasks' mean losses, ``product`` of `probe_moments`: (gradient_step, ..., task, other_task)."""
-    return probe_moments(gramian, count)["product"]
+    values, counts, lead = plain_arrays(gramian, count)
+    products = products_of(values, counts)
+    shape = [gramian.sizes[dim] for dim in (STEP, *lead)]
+    return labelled(products.reshape(*shape, *products.shape[2:]), (STEP, *lead), gramian).rename("product")
+
+
+def products_of(values: npt.NDArray[np.floating], counts: npt.NDArray) -> FloatArray:
+    """`task_gramian` of plain arrays: (S, M, K, H, K, H) and (S, K, H) -> (S, M, K, K)."""
+    total = counts.sum(-1)
+    weight = counts / np.where(total > 0, total, 1)[..., None]
+    product = np.zeros((*values.shape[:3], values.shape[2]))
+    for half, other in itertools.product(range(counts.shape[-1]), repeat=2):
+        both = (weight[:, :, None, half] * weight[:, None, :, other])[:, None]
+        block = values[:, :, :, half, :, other]
+        # A group without samples may hold anything, NaN included.
+        product += both * (block if both.all() else np.where(both > 0, block, 0.0))
+    empty = total == 0
+    if empty.any():
+        product[np.broadcast_to((empty[:, :, None] | empty[:, None, :])[:, None], product.shape)] = np.nan
+    return product
 
 
 def moments_of(values: npt.NDArray[np.floating], counts: npt.NDArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -65,16 +88,7 @@ def moments_of(values: npt.NDArray[np.floating], counts: npt.NDArray) -> tuple[F
     """
     halves = counts.shape[-1]
     total = counts.sum(-1)
-    weight = counts / np.where(total > 0, total, 1)[..., None]
-    product = np.zeros((*values.shape[:3], values.shape[2]))
-    for half in range(halves):
-        for other in range(halves):
-            both = weight[:, :, None, half] * weight[:, None, :, other]
-            # A group without samples may hold anything, NaN included.
-            block = np.where(both[:, None] > 0, values[:, :, :, half, :, other], 0.0)
-            product += both[:, None] * block
-    empty = total == 0
-    product[np.broadcast_to((empty[:, :, None] | empty[:, None, :])[:, None], product.shape)] = np.nan
+    product = products_of(values, counts)
     own = np.einsum("smkhkg->smkhg", values)
     pairs = counts[..., :, None] * counts[..., None, :] * (1.0 - np.eye(halves))
     pair_total = pairs.sum((-1, -2))
@@ -99,6 +113,13 @@ def plain_arrays(
     if len(counts) != len(values):
         raise ValueError(f"Gramians of {len(values)} probes, but sample counts of {len(counts)}")
     return values.reshape(len(values), -1, *values.shape[-4:]), counts, lead
+
+
+def probe_chunks(values: npt.NDArray[np.floating]) -> Iterator[slice]:
+    """Pieces of the probes (S, ...) that take a few megabytes each in float64, so that they stay in the cache."""
+    at_once = max(1, _CHUNK_BYTES // (8 * values[0].size))
+    for start in range(0, len(values), at_once):
+        yield slice(start, start + at_once)
 
 
 def labelled(values: npt.NDArray, lead: tuple[str, ...], gramian: xr.DataArray) -> xr.DataArray:

@@ -1,31 +1,42 @@
-"""MLflow -> one `xarray.Dataset` per training run. The only file of `analysis` that talks to MLflow."""
+"""MLflow -> one `xarray.Dataset` per training run, or its metrics as they were logged.
+
+The only file of `analysis` that talks to MLflow.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
+import difflib
+import fnmatch
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import numpy as np
+import pandas as pd
 import xarray as xr
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Run
 from mlflow.exceptions import MlflowException
 
+from analysis.axes import CURVE_COLUMNS, add_axes
 from analysis.shards import read_manifest
+from analysis.store import explained, locate_store
 from analysis.telemetry import read_telemetry
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 
 LATEST = "latest"
-_CONNECT_TIMEOUT_SECONDS = 5.0
 _SHOWN = 12
+_LOADERS = 2
+"""Runs that are read side by side; each reads its own shards by threads, too."""
+_INFINITY = np.finfo(np.float64).max
+"""What MLflow's databases keep in the place of an infinite metric."""
 
 
 class RunsLeftOutWarning(UserWarning):
@@ -64,7 +75,7 @@ def load_runs(
     """
     uri = locate_store(tracking_uri)
     client = MlflowClient(tracking_uri=uri)
-    with _explained(uri):
+    with explained(uri):
         if run_ids is not None:
             found = chosen = [_get_run(client, run_id) for run_id in run_ids]
         elif experiment is not None:
@@ -72,58 +83,17 @@ def load_runs(
             chosen = found if include_unfinished else _finished_only(found)
         else:
             raise UserInputError(f"name an experiment or run ids to load; experiments here: {_experiments(client)}")
-        loaded = [_load(client, run) for run in chosen]
+        names = {each: client.get_experiment(each).name for each in {run.info.experiment_id for run in chosen}}
+        with ThreadPoolExecutor(_LOADERS) as loaders:
+            loaded = list(loaders.map(lambda run: _load(client, run, names[run.info.experiment_id]), chosen))
+    for run, dataset in zip(chosen, loaded, strict=True):
+        if dataset is None:
+            message = f"left out run {run.info.run_name} ({run.info.run_id}): no telemetry"
+            warnings.warn(message, RunsLeftOutWarning, stacklevel=2)
     runs = [run for run in loaded if run is not None]
     if not runs:
         raise UserInputError(_nothing_to_read(uri, found, chosen))
     return sorted(runs, key=lambda run: (run.attrs["method"], run.attrs["seed"], run.attrs["start_time"]))
-
-
-def locate_store(tracking_uri: str | None = None) -> str:
-    """The store to read: the argument, else ``MLFLOW_TRACKING_URI``, else the nearest ``mlflow.db`` upwards from here.
-
-    Looking upwards lets a notebook in ``notebooks/`` find the store that ``make demo`` wrote at the root.
-
-    Raises:
-        UserInputError: If there is no store there (MLflow itself would create an empty one), or no server answers.
-    """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        here = Path.cwd()
-        candidates = [folder / "mlflow.db" for folder in (here, *here.parents)]
-        found = next((path for path in candidates if path.is_file()), None)
-        if found is None:
-            raise UserInputError(
-                f"no mlflow.db in {here} or above it: run `make demo` to make runs, or name a store "
-                "(--tracking-uri, tracking_uri= or MLFLOW_TRACKING_URI)"
-            )
-        return f"sqlite:///{found}"
-    parsed = urlparse(uri)
-    if parsed.scheme == "sqlite":
-        path = Path(uri.removeprefix("sqlite:///"))
-        if not path.is_file():
-            raise UserInputError(f"no MLflow store at {path.resolve()} (from {uri!r}): is the path right?")
-    elif parsed.scheme in ("http", "https"):
-        port = parsed.port or (443 if parsed.scheme == "https" else 80)
-        try:
-            # MLflow's own client retries for minutes before it gives up.
-            socket.create_connection((parsed.hostname or "", port), _CONNECT_TIMEOUT_SECONDS).close()
-        except OSError as error:
-            raise UserInputError(f"no MLflow server answers at {uri}: {error}") from error
-    elif parsed.scheme in ("", "file"):
-        raise UserInputError(
-            f"{uri!r} is not a store DTR Lab reads: use sqlite:///PATH/mlflow.db or http://HOST:PORT "
-            "(an old mlruns folder converts with `mlflow migrate-filestore`)"
-        )
-    return uri
-
-
-@contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except MlflowException as error:
-        raise UserInputError(f"cannot read the MLflow store {uri}: {error.message}") from error
 
 
 def _experiments(client: MlflowClient) -> str:
@@ -222,22 +192,22 @@ def _nothing_to_read(uri: str, found: Sequence[Run], chosen: Sequence[Run]) -> s
     return said if statuses else f"{said}: train with `dtr-lab train` or `make demo`"
 
 
-def _load(client: MlflowClient, run: Run) -> xr.Dataset | None:
-    """The run's dataset, or None (with a warning) if it never committed telemetry."""
+def _load(client: MlflowClient, run: Run, experiment: str) -> xr.Dataset | None:
+    """The run's dataset, or None if it never committed telemetry."""
     with _telemetry_folder(client, run) as folder:
         if not (folder / Path(records.MANIFEST_PATH).name).is_file():
-            message = f"left out run {run.info.run_name} ({run.info.run_id}): no telemetry"
-            warnings.warn(message, RunsLeftOutWarning, stacklevel=4)
             return None
         manifest = read_manifest(folder)
         dataset = read_telemetry(folder)
+        if not _in_place(run):
+            dataset.load()  # the download goes
     dataset.attrs.update(
         run_id=run.info.run_id,
         name=run.info.run_name,
         method=manifest.method,
         seed=manifest.seed,
         dataset=manifest.dataset,
-        experiment=client.get_experiment(run.info.experiment_id).name,
+        experiment=experiment,
         comparison=run.data.tags.get(records.TAG_COMPARISON, ""),
         status=run.info.status,
         start_time=run.info.start_time,
@@ -245,11 +215,16 @@ def _load(client: MlflowClient, run: Run) -> xr.Dataset | None:
     return dataset
 
 
+def _in_place(run: Run) -> bool:
+    """Whether the run's artifacts lie on this machine."""
+    return urlparse(run.info.artifact_uri).scheme in ("", "file")
+
+
 @contextmanager
 def _telemetry_folder(client: MlflowClient, run: Run) -> Iterator[Path]:
     """The run's telemetry as a local folder: in place where artifacts lie on this machine, else a download."""
-    location = urlparse(run.info.artifact_uri)
-    if location.scheme in ("", "file"):
+    if _in_place(run):
+        location = urlparse(run.info.artifact_uri)
         root = url2pathname(location.path) if location.scheme == "file" else run.info.artifact_uri
         yield Path(root) / records.TELEMETRY_DIR
         return
@@ -257,3 +232,53 @@ def _telemetry_folder(client: MlflowClient, run: Run) -> Iterator[Path]:
         if any(item.path == records.TELEMETRY_DIR for item in client.list_artifacts(run.info.run_id)):
             client.download_artifacts(run.info.run_id, records.TELEMETRY_DIR, download)
         yield Path(download) / records.TELEMETRY_DIR
+
+
+def metric_curves(
+    runs: Sequence[xr.Dataset], keys: str | Sequence[str] | None = None, tracking_uri: str | None = None
+) -> pd.DataFrame:
+    """Metrics as they were logged to MLflow, by DTR Lab or anyone (FID, say), in the form of `frames.curves_frame`.
+
+    Where a run has several values of a metric at one step, as a resumed one may, the one logged last counts.
+
+    Args:
+        runs: Of `load_runs`.
+        keys: Names of metrics, or patterns such as ``"loss/*"``; by default all that each run has.
+        tracking_uri: The store they were loaded from; see `locate_store`.
+
+    Returns:
+        Columns `axes.CURVE_COLUMNS`, ordered by run, metric and step. Values that are not finite stay.
+
+    Raises:
+        UserInputError: If a run is not in the store, or has no metric of a name or pattern; similar ones are named.
+    """
+    uri = locate_store(tracking_uri)
+    client = MlflowClient(tracking_uri=uri)
+    pieces = []
+    with explained(uri):
+        for run in runs:
+            run_id = run.attrs["run_id"]
+            logged = sorted(_get_run(client, run_id).data.metrics)
+            for key in logged if keys is None else _matching(run, [keys] if isinstance(keys, str) else keys, logged):
+                points = sorted(client.get_metric_history(run_id, key), key=lambda point: (point.step, point.timestamp))
+                last = {point.step: point.value for point in points}
+                labels = {"run": run_id, "method": run.attrs["method"], "seed": run.attrs["seed"], "metric": key}
+                pieces.append(pd.DataFrame({"step": list(last), "value": list(last.values())}).assign(**labels))
+    if not pieces:
+        return pd.DataFrame(columns=CURVE_COLUMNS)
+    curves = add_axes(pd.concat(pieces, ignore_index=True), runs)
+    curves["value"] = curves["value"].where(curves["value"].abs() != _INFINITY, np.sign(curves["value"]) * np.inf)
+    return curves
+
+
+def _matching(run: xr.Dataset, wanted: Sequence[str], logged: Sequence[str]) -> list[str]:
+    """The metrics wanted of a run, each once."""
+    found: dict[str, None] = {}
+    for pattern in wanted:
+        own = [key for key in logged if fnmatch.fnmatchcase(key, pattern)]
+        if not own:
+            near = difflib.get_close_matches(pattern, logged, n=_SHOWN, cutoff=0.5) or logged
+            name = f"{run.attrs['name']} ({run.attrs['run_id'][:8]})"
+            raise UserInputError(f"run {name} has no metric {pattern!r}; it has {_listed(near) or 'none at all'}")
+        found |= dict.fromkeys(own)
+    return sorted(found)

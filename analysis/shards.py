@@ -1,15 +1,16 @@
 """The files of one run's telemetry folder: its manifest, and its Parquet shards with their columns as arrays.
 
-A run of days leaves thousands of shards: the writer puts on disk every few seconds what it has. So a shard is opened
-with as little ceremony as Parquet allows, and read by threads, which Parquet's decoding lets run side by side.
+A run of days leaves thousands of shards, since the writer puts on disk every few seconds what it has. So shards are
+read in groups, by Arrow's own threads, and each group is reduced as a whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from lightning_modules.tracking.records import RunManifest
 
-_READERS = 2
-_AHEAD = 8
-"""Shards that are read before they are asked for: some megabytes each."""
+_GROUP_BYTES = 6 * 2**20
+"""On disk; in memory a few times as much, for the group that is reduced and the one that is read meanwhile."""
 
 Found = TypeVar("Found")
 
@@ -35,58 +37,85 @@ class Shard:
     """One Parquet file, and which of its rows count.
 
     Attributes:
-        path: The file.
+        path: The file, in a folder named as the table.
         last_step: The last step of it that no later attempt has measured again; None: all count.
         rows: In the file, counting or not.
+        size: Of the file, in bytes.
     """
 
     path: Path
     last_step: int | None
     rows: int
+    size: int
 
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def read(self) -> pa.Table:
         """The rows that count.
-
-        Args:
-            columns: Those wanted, all by default. Columns that the file lacks are left out.
 
         Raises:
             UserInputError: If the file is damaged.
         """
-        wanted = None if columns is None else list(dict.fromkeys((*columns, "step")))
-        try:
-            with pq.ParquetFile(self.path) as file:
-                table = file.read(wanted, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise UserInputError(f"cannot read telemetry shard {self.path}: {error}") from error
-        return table if self.last_step is None else table.filter(pc.field("step") <= self.last_step)
+        return _read([self], None)
 
 
 def reduce_shards(
-    shards: Sequence[Shard], columns: Sequence[str], reduce: Callable[[Shard, pa.Table], Found]
+    shards: Sequence[Shard], columns: Sequence[str], reduce: Callable[[Path, pa.Table], Found]
 ) -> Iterator[Found]:
-    """Reads shards side by side and yields what is made of each, in their order; few are in memory at a time.
+    """Reads shards group by group and yields, in their order, what is made of the rows of each group that count.
 
     Args:
-        shards: Those without a row that counts are passed over.
-        columns: See `Shard.read`.
-        reduce: Called in a thread with a shard and its rows.
+        shards: Of one table.
+        columns: To read besides ``step``; null where a shard is older than the column.
+        reduce: Called with the path of a shard, to be named in messages, and the rows of its group; there is at least
+            one. Where it fails for a group, it is called again shard by shard, so that the message names the right one.
 
     Raises:
-        UserInputError: If a shard is damaged.
+        UserInputError: If a shard is damaged, or from ``reduce``.
     """
+    wanted = list(dict.fromkeys(("step", *columns)))
+    groups = _groups(shards)
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque(reader.submit(_read, group, wanted) for group in groups[:1])
+        for place, group in enumerate(groups):
+            waiting.extend(reader.submit(_read, ahead, wanted) for ahead in groups[place + 1 : place + 2])
+            table = waiting.popleft().result()
+            if table.num_rows:
+                try:
+                    found = reduce(group[0].path, table)
+                except UserInputError:
+                    for shard in group:
+                        reduce(shard.path, _read([shard], wanted))
+                    raise
+                yield found
 
-    def reduced(shard: Shard) -> Found | None:
-        table = shard.read(columns)
-        return reduce(shard, table) if table.num_rows else None
 
-    with ThreadPoolExecutor(_READERS) as readers:
-        waiting: deque[Future[Found | None]] = deque()
-        for place, shard in enumerate(shards):
-            waiting.append(readers.submit(reduced, shard))
-            while waiting and (len(waiting) > _AHEAD or place == len(shards) - 1):
-                if (found := waiting.popleft().result()) is not None:
-                    yield found
+def _groups(shards: Sequence[Shard]) -> list[list[Shard]]:
+    """Consecutive shards of which the same steps count, up to some bytes together, at least one each."""
+    groups: list[list[Shard]] = []
+    for _, alike in itertools.groupby(shards, key=lambda shard: shard.last_step):
+        size = _GROUP_BYTES
+        for shard in alike:
+            if size + shard.size > _GROUP_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(shard)
+            size += shard.size
+    return groups
+
+
+def _read(group: Sequence[Shard], columns: Sequence[str] | None) -> pa.Table:
+    """The rows of a group that count, in order."""
+    schema = records.TABLES[group[0].path.parent.name]
+    paths = [str(shard.path) for shard in group]
+    last = group[0].last_step
+    try:
+        data = ds.FileSystemDataset.from_paths(
+            paths, schema, format=ds.ParquetFileFormat(), filesystem=LocalFileSystem()
+        )
+        return data.to_table(columns, filter=None if last is None else pc.field("step") <= last)
+    except (pa.ArrowException, OSError) as error:
+        for shard in group if len(group) > 1 else ():
+            _read([shard], columns)
+        raise UserInputError(f"cannot read telemetry shard {group[0].path}: {error}") from error
 
 
 def read_manifest(folder: Path) -> RunManifest:
@@ -110,12 +139,13 @@ def list_shards(folder: Path) -> dict[str, list[Shard]]:
     Raises:
         UserInputError: If a shard cannot be opened, or has another schema version.
     """
-    found: list[tuple[str, Path, int, int]] = []
+    found: list[tuple[str, Path, int, int, int]] = []
     resumed_from: dict[int, int] = {}
     for table in records.TABLES:
         for path in sorted((folder / table).glob("*.parquet")):
             try:
                 footer = pq.read_metadata(path)
+                size = path.stat().st_size
             except (pa.ArrowException, OSError) as error:
                 raise UserInputError(f"cannot read telemetry shard {path}: {error}") from error
             metadata = footer.metadata or {}
@@ -125,12 +155,12 @@ def list_shards(folder: Path) -> dict[str, list[Shard]]:
             attempt = int(metadata.get(records.META_ATTEMPT, 1))
             if records.META_RESUMED_FROM in metadata:
                 resumed_from[attempt] = int(metadata[records.META_RESUMED_FROM])
-            found.append((table, path, attempt, footer.num_rows))
+            found.append((table, path, attempt, footer.num_rows, size))
     shards: dict[str, list[Shard]] = {table: [] for table in records.TABLES}
-    for table, path, attempt, rows in sorted(found, key=lambda item: item[2]):
+    for table, path, attempt, rows, size in sorted(found, key=lambda item: item[2]):
         # Later attempts of *any* table count: all tables must tell the story of the same weights.
         superseded = [step for later, step in resumed_from.items() if later > attempt]
-        shards[table].append(Shard(path, min(superseded, default=None), rows))
+        shards[table].append(Shard(path, min(superseded, default=None), rows, size))
     return shards
 
 

@@ -70,7 +70,7 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         read_representation(shards[records.REPRESENTATION], manifest),
     ]
     run = xr.merge([part for part in parts if part is not None], join="exact", compat="no_conflicts")
-    run.attrs["manifest"] = manifest.to_json()
+    run.attrs["manifest"] = (folder / Path(records.MANIFEST_PATH).name).read_text()
     return run
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from analysis import affinity, conflict, gramians
 from lightning_modules.errors import UserInputError
@@ -88,6 +89,20 @@ def test_pooled_probes_remember_their_run(runs):
     probes = runs[0].sizes["gradient_step"]
     assert gramian.run.values.tolist() == [0] * probes + [1] * probes
     assert count.run.equals(gramian.run)
+
+
+@pytest.mark.parametrize("level", ["total", "block", "layer"])
+def test_pooled_probes_follow_one_another(runs, level):
+    gramian, count = gramians.pool_runs(runs[:3], level)
+    one_by_one = [gramians.run_gramian(run, level) for run in runs[:3]]
+    np.testing.assert_array_equal(gramian, np.concatenate(one_by_one))
+    np.testing.assert_array_equal(count, np.concatenate([run["group_count"] for run in runs[:3]]))
+    xr.testing.assert_equal(gramian.drop_vars("run"), xr.concat(one_by_one, "gradient_step", join="exact"))
+
+
+def test_a_single_run_is_not_copied(runs):
+    gramian, _ = gramians.pool_runs(runs[:1], "layer")
+    assert np.shares_memory(gramian.values, runs[0].gramian.values)
 
 
 def test_runs_without_gradient_probes_are_named(runs):

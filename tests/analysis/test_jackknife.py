@@ -69,6 +69,25 @@ def test_batches_are_consecutive_and_never_cross_runs():
     assert len(pooled(np.ones(80), np.repeat(np.arange(40), 2)).probes) == 40  # each run at least one unit
 
 
+def test_a_run_in_several_pieces_is_one_cluster():
+    values, run = np.array([1.0, 5.0, 2.0, 9.0, 4.0, 8.0]), [3, 7, 3, 7, 1, 1]
+    got = pooled(values, run).estimate("x", mean, "runs")
+    means = np.array([1.5, 7.0, 6.0])
+    assert float(got.standard_error) == pytest.approx(means.std(ddof=1) / np.sqrt(3))
+    assert got.attrs == {"units": 3, "runs": 3, "errors": "runs"}
+
+
+def test_statistics_get_their_labels_back():
+    data = simulated(12, 3)
+    pool = jackknife.pool_probes(data.gramian, data.group_count, halved=False)
+    assert list(pool.sums) == ["product"]
+    got = pool.estimate("total", lambda means: means["product"].sum("other_task"))
+    assert list(got["layer"].values) == list(data["layer"].values)
+    assert list(got["interval"].values) == list(data["interval"].values)
+    assert not [name for name in got.coords if str(name).startswith("other_")]
+    assert got.standard_error.dims == got.total.dims
+
+
 def test_unknown_probes_are_left_out():
     values = np.array([1.0, np.nan, 4.0, 3.0])
     got = pooled(values).estimate("x", mean)
@@ -90,8 +109,8 @@ def test_sums_over_units_are_those_of_the_probes(monkeypatch):
     """In any number of pieces."""
     data = simulated(70, 3)
     expected = moments.probe_moments(data.gramian, data.group_count).mean("gradient_step")
-    for chunk in (jackknife._CHUNK_BYTES, 1):
-        monkeypatch.setattr(jackknife, "_CHUNK_BYTES", chunk)
+    for chunk in (moments._CHUNK_BYTES, 1):
+        monkeypatch.setattr(moments, "_CHUNK_BYTES", chunk)
         pool = jackknife.pool_probes(data.gramian, data.group_count, series={"step": data.gradient_step * 1.0})
         xr.testing.assert_allclose(pool.means.drop_vars("step"), expected)
         assert float(pool.means["step"]) == pytest.approx(34.5)

@@ -1,12 +1,18 @@
+import math
 import shutil
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
-from analysis.runs import _telemetry_folder, load_runs, locate_store
+from analysis import frames
+from analysis.convergence import final_values
+from analysis.runs import _load, _telemetry_folder, load_runs, locate_store, metric_curves
 from lightning_modules.errors import UserInputError
 from tests.analysis import synthetic
 
@@ -136,17 +142,113 @@ def test_local_artifacts_are_read_in_place_also_with_blanks_in_their_path(tmp_pa
     assert load_runs(uri, experiment="blank")[0].attrs["method"] == "dtr"
 
 
+class Remote:
+    """A store whose artifacts lie elsewhere: below a folder, by run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def list_artifacts(self, run_id):
+        return [SimpleNamespace(path="config.yaml"), SimpleNamespace(path="telemetry")]
+
+    def download_artifacts(self, run_id, path, destination):
+        shutil.copytree(self.folder / run_id / path, Path(destination) / path)
+
+
+def remote_run(folder):
+    synthetic.write_telemetry(folder / "r1" / "telemetry", "dtr", 0)
+    info = SimpleNamespace(
+        artifact_uri="mlflow-artifacts:/1/r1/artifacts", run_id="r1", run_name="one", status="FINISHED", start_time=0
+    )
+    return SimpleNamespace(info=info, data=SimpleNamespace(tags={}))
+
+
 def test_remote_artifacts_are_downloaded_and_not_left_behind(tmp_path):
-    class Remote:
-        def list_artifacts(self, run_id):
-            return [SimpleNamespace(path="config.yaml"), SimpleNamespace(path="telemetry")]
-
-        def download_artifacts(self, run_id, path, destination):
-            shutil.copytree(tmp_path / run_id / path, Path(destination) / path)
-
-    synthetic.write_telemetry(tmp_path / "r1" / "telemetry", "dtr", 0)
-    run = SimpleNamespace(info=SimpleNamespace(artifact_uri="mlflow-artifacts:/1/r1/artifacts", run_id="r1"))
-    with _telemetry_folder(Remote(), run) as folder:
+    with _telemetry_folder(Remote(tmp_path), remote_run(tmp_path)) as folder:
         assert (folder / "manifest.json").is_file()
         assert tmp_path not in folder.parents
     assert not folder.exists()
+
+
+def test_a_downloaded_run_needs_its_download_no_more(tmp_path):
+    run = _load(Remote(tmp_path), remote_run(tmp_path), "elsewhere")
+    assert run.attrs["experiment"] == "elsewhere"
+    assert run["activation_active_fraction"].sel(site="input").notnull().all()
+
+
+def test_runs_are_read_side_by_side_and_in_order(store, runs, monkeypatch):
+    both = threading.Barrier(2, timeout=20)
+
+    def read(client, run, experiment):
+        both.wait()  # passes only if two are on their way at once
+        return _load(client, run, experiment)
+
+    monkeypatch.setattr("analysis.runs._load", read)
+    ids = [run.attrs["run_id"] for run in runs[:4]]
+    found = load_runs(store, run_ids=ids[::-1])
+    assert [run.attrs["run_id"] for run in found] == ids
+    assert all(one.equals(other) for one, other in zip(found, runs, strict=False))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Two runs with metrics of their user: URI and datasets."""
+    uri = synthetic.make_store(tmp_path_factory.mktemp("scored"), seeds=1, methods=("baseline", "dtr"))
+    client = MlflowClient(tracking_uri=uri)
+    runs = load_runs(uri, experiment=synthetic.EXPERIMENT)
+    for run, scale in zip(runs, (1.0, 0.5), strict=True):
+        points = [Metric("fid", scale * 100 / step, step, step) for step in (100, 300, 200)]
+        # A resumed run measured steps 200 and 300 once more; the last of them diverged.
+        points += [Metric("fid", scale * 7.0, 900, 200), Metric("fid", math.nan, 901, 300)]
+        points += [Metric("loss/val", scale, 1, 100), Metric("loss/train", -math.inf, 1, 100)]
+        client.log_batch(run.attrs["run_id"], metrics=points)
+    client.log_metric(runs[1].attrs["run_id"], "inception score", 9.0, step=300)
+    return uri, runs
+
+
+def test_metrics_come_as_logged_the_later_attempt_first(scored):
+    uri, runs = scored
+    curves = metric_curves(runs, "fid", uri)
+    assert list(curves.columns) == frames.CURVE_COLUMNS
+    own = curves[curves["run"] == runs[1].attrs["run_id"]]
+    assert own["step"].tolist() == [100, 200, 300]
+    np.testing.assert_array_equal(own["value"], [0.5, 3.5, np.nan])
+    assert set(own["method"]) == {"dtr"}
+    assert curves["metric"].unique().tolist() == ["fid"]
+    assert final_values(curves, "fid")["value"].isna().all()
+
+
+def test_patterns_choose_metrics_and_none_takes_all(scored):
+    uri, runs = scored
+    curves = metric_curves(runs, ["loss/*", "fid", "loss/val"], uri)
+    assert (
+        curves.groupby("run", sort=False)["metric"].unique().map(list).tolist()
+        == [["fid", "loss/train", "loss/val"]] * 2
+    )
+    assert (curves.loc[curves["metric"] == "loss/train", "value"] == -np.inf).all()
+    every = metric_curves(runs, tracking_uri=uri)
+    assert len(every) == len(curves) + 1  # the inception score of one of them
+    assert metric_curves([], "fid", uri).columns.tolist() == frames.CURVE_COLUMNS
+
+
+def test_long_histories_are_whole(tmp_path):
+    uri = synthetic.make_store(tmp_path, seeds=1, methods=("baseline",))
+    (run,) = load_runs(uri, experiment=synthetic.EXPERIMENT)
+    client = MlflowClient(tracking_uri=uri)
+    for start in range(0, 3000, 1000):
+        points = [Metric("fid", float(step), step, step) for step in range(start, start + 1000)]
+        client.log_batch(run.attrs["run_id"], metrics=points)
+    assert metric_curves([run], "fid", uri)["value"].tolist() == list(range(3000))
+
+
+def test_a_run_without_the_metric_is_named_with_similar_ones(scored):
+    uri, runs = scored
+    with pytest.raises(UserInputError, match=r"run baseline-0 \(.{8}\) has no metric 'inception score'; it has "):
+        metric_curves(runs, "inception score", uri)
+    with pytest.raises(UserInputError, match=r"no metric 'los/val'; it has 'loss/val'"):
+        metric_curves(runs, "los/val", uri)
+    with pytest.raises(UserInputError, match=r"no metric 'FID\*'; it has 'fid', 'loss/train', 'loss/val'"):
+        metric_curves(runs[:1], "FID*", uri)
+    stranger = runs[0].assign_attrs(run_id="abc")
+    with pytest.raises(UserInputError, match="no run 'abc' in this store"):
+        metric_curves([stranger], "fid", uri)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis import significance
+from analysis import moments, significance
 from analysis.gramians import gramian_arrays
 from analysis.jackknife import half_width
 from analysis.moments import task_gramian
@@ -130,3 +130,21 @@ def test_rates_count_only_known_pairs():
     expected = np.mean([[float(products[step, k, other]) < 0 for k, other in known] for step in range(20)])
     assert float(found.rate[0]) == pytest.approx(expected)
     assert float(found.null_error[0]) == pytest.approx(0.5 / np.sqrt(3))
+
+
+def test_the_rate_of_probes_is_that_of_their_signs_layer_by_layer():
+    data = simulated(25, 3)
+    found = significance.probe_rate(data.gramian, data.group_count)
+    negative = pair_values(task_gramian(data.gramian, data.group_count)) < 0
+    np.testing.assert_allclose(found.by_step, negative.mean(-1))
+    np.testing.assert_allclose(found.rate, negative.mean((0, -1)))
+    np.testing.assert_allclose(found.standard_error, negative.mean(-1).std(0, ddof=1) / 5)
+    whole = significance.conflict_rate(data.gramian, data.group_count)
+    assert whole[list(found)].identical(found)
+
+
+def test_rates_do_not_depend_on_how_many_probes_are_taken_at_once(monkeypatch):
+    data = simulated(70, 3)
+    whole = significance.conflict_rate(data.gramian, data.group_count)
+    monkeypatch.setattr(moments, "_CHUNK_BYTES", 1)
+    np.testing.assert_allclose(whole.to_array(), significance.conflict_rate(data.gramian, data.group_count).to_array())

@@ -106,7 +106,7 @@ def test_no_password_is_written_to_disk(client, run_id, tmp_path):
     writer = RunWriter(client, run_id, tmp_path / "runs", "postgresql://me:secret@host/db")
     writer.close()
     owner = json.loads((writer.directory / "spool" / "run.json").read_text())
-    assert owner == {"run_id": run_id, "tracking_uri": None}
+    assert owner == {"run_id": run_id, "tracking_uri": None, "writes_run": True}
 
 
 def test_what_mlflow_refuses_blocks_nothing_else(make_writer, unreliable, client, run_id, caplog):

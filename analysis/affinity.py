@@ -204,17 +204,10 @@ def mask_overlap(run: xr.Dataset) -> xr.DataArray:
     """
     if "mask" not in run:
         raise ValueError(f"run {run.attrs.get('name', '')} is not routed: it has no channel masks")
-    starts = run["t_low"].values
-    widths = run["t_high"].values - starts + 1
-    # Blocks mostly share one mask; each different one is computed once.
-    different: dict[bytes, npt.NDArray[np.bool_]] = {}
-    times: Counter[bytes] = Counter()
-    for mask in run["mask"].values:
-        key = mask.tobytes()
-        different.setdefault(key, mask)
-        times[key] += 1
-    total = sum(times[key] * _interval_sums(jaccard(mask), starts) for key, mask in different.items())
-    matrix = total / times.total() / np.outer(widths, widths)
+    times = Counter(mask.tobytes() for mask in run["mask"].values)
+    starts = tuple(run["t_low"].values.tolist())
+    total = sum(number * _interval_overlap(mask, run.sizes["timestep"], starts) for mask, number in times.items())
+    matrix = np.asarray(total) / times.total()
     overlap = _task_matrix(run, matrix, "mask overlap")
     return overlap.assign_attrs(long_name="Jaccard index of channel masks", directed=False)
 
@@ -228,8 +221,13 @@ def jaccard(sets: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     return np.divide(both, either, out=np.ones_like(both), where=either > 0)
 
 
-def _interval_sums(matrix: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    return np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+@functools.lru_cache(maxsize=64)
+def _interval_overlap(mask: bytes, num_timesteps: int, starts: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Mean `jaccard` of the timesteps of two intervals; most blocks share one mask, and so do most runs of a method."""
+    sets = np.frombuffer(mask, dtype=bool).reshape(num_timesteps, -1)
+    sums = np.add.reduceat(np.add.reduceat(jaccard(sets), starts, axis=0), starts, axis=1)
+    widths = np.diff([*starts, num_timesteps])
+    return sums / np.outer(widths, widths)
 
 
 def _task_matrix(run: xr.Dataset, values: npt.NDArray[np.float64], name: str) -> xr.DataArray:

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from analysis import activations, convergence, frames, grouping, routing_budget
+from analysis import activations, convergence, frames
+from analysis.method_channels import MethodChannels
 from analysis.methods import method_name
-from analysis.panels import ReportFigure, Runs, keep_outer_labels, panels
+from analysis.panels import ReportFigure, keep_outer_labels, panels
 from analysis.plots.channel_shares import plot_block_task_shares, plot_specialisation, plot_usage_by_block
 from analysis.plots.channels import plot_channel_usage, plot_mask_use, plot_task_shares
 from analysis.plots.curves import plot_curves
 
+Channels = Mapping[str, MethodChannels]
 _BLOCK_INCHES = 0.3
 _TASK_INCHES = 0.16
 _SITES: tuple[tuple[activations.Site, str], ...] = (("input", "read"), ("update", "written"))
 
 
-def channels_figure(runs: Runs, shown_blocks: int = 4) -> ReportFigure:
+def channels_figure(channels: Channels, shown_blocks: int = 4) -> ReportFigure:
     """Energy of every channel by task, below the mask, for the first run of each method.
 
     Args:
-        runs: What is compared.
+        channels: Of what is compared.
         shown_blocks: How many blocks to draw at most, from the first to the last.
     """
-    chosen = [own[0] for own in grouping.group_by_method(runs).values()]
-    rows = 1 + min(shown_blocks, max(run.sizes["block"] for run in chosen))
-    figure, axes = panels(rows, len(chosen), height=max(2.0, 0.6 + _TASK_INCHES * runs[0].sizes["task"]))
-    for column, run in enumerate(chosen):
-        last = column == len(chosen) - 1
-        use, energy = routing_budget.mask_use(run), activations.pooled_energy(run)
+    rows = 1 + min(shown_blocks, _most_blocks(channels))
+    tasks = next(iter(channels.values())).allowed.sizes["task"]
+    figure, axes = panels(rows, len(channels), height=max(2.0, 0.6 + _TASK_INCHES * tasks))
+    for column, (method, own) in enumerate(channels.items()):
+        last = column == len(channels) - 1
+        use, energy = own.allowed.isel(run=0), own.energy().isel(run=0)
         blocks = _spread(energy["block"].values, shown_blocks)
-        title = f"{method_name(run.attrs['method'])}: {'mask' if 'mask' in run else 'no mask'}"
+        title = f"{method_name(method)}: {'mask' if 'mask' in own.runs[0] else 'no mask'}"
         plot_mask_use(use.sel(block=blocks[0]), title=title, colorbar=last, ax=axes[0][column])
         for ax, block in zip(axes[1:, column], blocks, strict=False):
-            own = energy.sel(block=block)
-            allowed = use.sel(block=block) > 0
-            plot_channel_usage(own / own.mean("channel"), allowed=allowed, title=block, colorbar=last, ax=ax)
+            shown, allowed = energy.sel(block=block), use.sel(block=block) > 0
+            plot_channel_usage(shown / shown.mean("channel"), allowed=allowed, title=block, colorbar=last, ax=ax)
         for ax in axes[1 + len(blocks) :, column]:
             ax.set_axis_off()
     keep_outer_labels(axes)
@@ -54,15 +57,12 @@ def channels_figure(runs: Runs, shown_blocks: int = 4) -> ReportFigure:
     )
 
 
-def channel_count_figure(runs: Runs) -> ReportFigure:
+def channel_count_figure(channels: Channels) -> ReportFigure:
     """Used, silent, masked and dead channels of each block, of what its branches read and write."""
-    by_method = grouping.group_by_method(runs)
-    blocks = max(run.sizes["block"] for run in runs)
-    figure, axes = panels(len(_SITES), len(by_method), height=1.1 + _BLOCK_INCHES * blocks)
+    figure, axes = panels(len(_SITES), len(channels), height=1.1 + _BLOCK_INCHES * _most_blocks(channels))
     for row, (site, words) in enumerate(_SITES):
-        for column, (method, own) in enumerate(by_method.items()):
-            alike = grouping.with_same_blocks(own)
-            usage = grouping.mean_over_runs([routing_budget.run_usage(run, site).mean("task") for run in alike])
+        for column, (method, own) in enumerate(channels.items()):
+            usage = own.usage(site).mean("task").mean("run")
             title = f"{method_name(method)}: {words}"
             plot_usage_by_block(usage, title=title, legend=False, ax=axes[row][column])
     keep_outer_labels(axes)
@@ -83,15 +83,15 @@ def channel_count_figure(runs: Runs) -> ReportFigure:
     )
 
 
-def effective_channels_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
+def effective_channels_figure(channels: Channels, curves: pd.DataFrame) -> ReportFigure:
     """Effective channels by task at the end of training, and over training.
 
     Args:
-        runs: What is compared.
+        channels: Of what is compared.
         curves: `frames.curves_frame` of it.
     """
     figure, axes = panels(1, 2, width=5.2, height=3.8)
-    by_task = _with_method([routing_budget.run_usage(run)["effective_share"].mean("block") for run in runs], runs)
+    by_task = _all_runs({method: own.usage()["effective_share"].mean("block") for method, own in channels.items()})
     mean = by_task.groupby("method").mean()
     plot_task_shares(by_task, mean=mean, top=1, ylabel="effective share of channels", ax=axes[0][0])
     aligned = convergence.aligned_curves(curves, frames.EFFECTIVE_CHANNELS)
@@ -113,17 +113,11 @@ def effective_channels_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
     )
 
 
-def effective_by_block_figure(runs: Runs) -> ReportFigure:
+def effective_by_block_figure(channels: Channels) -> ReportFigure:
     """Effective share of channels by block and task."""
-    by_method = grouping.group_by_method(runs)
-    blocks = max(run.sizes["block"] for run in runs)
-    figure, axes = panels(1, len(by_method), height=max(3.2, 1.4 + 0.7 * _BLOCK_INCHES * blocks))
-    by_block = {
-        method: grouping.mean_over_runs(
-            [routing_budget.run_usage(run)["effective_share"] for run in grouping.with_same_blocks(own)]
-        )
-        for method, own in by_method.items()
-    }
+    height = max(3.2, 1.4 + 0.7 * _BLOCK_INCHES * _most_blocks(channels))
+    figure, axes = panels(1, len(channels), height=height)
+    by_block = {method: own.usage()["effective_share"].mean("run") for method, own in channels.items()}
     top = max(float(share.max()) for share in by_block.values())
     for column, (method, share) in enumerate(by_block.items()):
         plot_block_task_shares(
@@ -145,20 +139,19 @@ def effective_by_block_figure(runs: Runs) -> ReportFigure:
     )
 
 
-def specialisation_figure(runs: Runs, shown_blocks: int = 8) -> ReportFigure:
+def specialisation_figure(channels: Channels, shown_blocks: int = 8) -> ReportFigure:
     """How specialised channels are by block and method, and which tasks they belong to.
 
     Args:
-        runs: What is compared.
+        channels: Of what is compared.
         shown_blocks: How many blocks to draw at most, from the first to the last.
     """
-    by_method = grouping.group_by_method(runs)
-    alike = [run for own in by_method.values() for run in grouping.with_same_blocks(own)]
-    table, reference = _specialisation_tables(alike, shown_blocks)
-    rows = table["block"].nunique() * len(by_method)
+    profiles = {method: activations.channel_profile(own.energy()) for method, own in channels.items()}
+    table, reference = _specialisation_tables(channels, profiles, shown_blocks)
+    rows = table["block"].nunique() * len(channels)
     figure, axes = panels(1, 2, width=5.6, height=max(4.0, 1.4 + 0.8 * _BLOCK_INCHES * rows))
     plot_specialisation(table, reference=reference, ax=axes[0][0])
-    preferring = _with_method([_preferring(run) for run in runs], runs)
+    preferring = _all_runs({method: _preferring(profile) for method, profile in profiles.items()})
     plot_task_shares(
         preferring,
         mean=preferring.groupby("method").mean(),
@@ -185,30 +178,38 @@ def _spread(names: np.ndarray, most: int) -> list[str]:
     return [str(name) for name in names[at]]
 
 
-def _specialisation_tables(runs: Runs, most: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _most_blocks(channels: Channels) -> int:
+    return max(own.allowed.sizes["block"] for own in channels.values())
+
+
+def _specialisation_tables(
+    channels: Channels, profiles: dict[str, xr.Dataset], most: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Specialisation of every channel (method, block, specialisation), and the reference by method and block."""
-    channels, references = [], []
-    for run in runs:
-        late = activations.late_energy(run)
-        late = late.sel(block=_spread(late["block"].values, most))
-        special = activations.channel_profile(late.mean(activations.STEP))["specialisation"]
-        noise = activations.unspecialised_reference(late).median("channel")
-        method = run.attrs["method"]
-        channels.append(special.to_dataframe("specialisation").reset_index().dropna().assign(method=method))
-        references.append(noise.to_dataframe("value").reset_index().assign(method=method))
-    table = pd.concat(references).groupby(["method", "block"], as_index=False)[["value"]].mean()
-    return pd.concat(channels, ignore_index=True)[["method", "block", "specialisation"]], table
+    tables, references = [], []
+    for method, own in channels.items():
+        blocks = _spread(own.allowed["block"].values, most)
+        special = profiles[method]["specialisation"].sel(block=blocks).transpose("block", "run", "channel").values
+        noise = activations.unspecialised_reference(own.late().sel(block=blocks)).median("channel").mean("run")
+        names = np.repeat(blocks, special[0].size)
+        tables.append(pd.DataFrame({"method": method, "block": names, "specialisation": special.ravel()}).dropna())
+        references.append(pd.DataFrame({"method": method, "block": blocks, "value": noise.sel(block=blocks).values}))
+    return pd.concat(tables, ignore_index=True), pd.concat(references, ignore_index=True)
 
 
-def _preferring(run: xr.Dataset) -> xr.DataArray:
-    """Share of the channels that prefer each task, mean over blocks: (task)."""
-    profile = activations.channel_profile(activations.pooled_energy(run))
+def _preferring(profile: xr.Dataset) -> xr.DataArray:
+    """Share of the channels that prefer each task, mean over blocks: (run, task)."""
     return activations.specialisation_by_block(profile)["preferring"].mean("block")
 
 
-def _with_method(shares: list[xr.DataArray], runs: Runs) -> xr.DataArray:
-    """A share (task) of every run: (run, task) with the run's method."""
-    return grouping.stack_runs(shares).assign_coords(method=("run", [run.attrs["method"] for run in runs]))
+def _all_runs(shares: dict[str, xr.DataArray]) -> xr.DataArray:
+    """A share (run, task) of every run with the run's method."""
+    return xr.concat(
+        [share.assign_coords(method=("run", [method] * share.sizes["run"])) for method, share in shares.items()],
+        "run",
+        coords="minimal",
+        compat="override",
+    )
 
 
 def _name_rows_once(axes: np.ndarray) -> None:

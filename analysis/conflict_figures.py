@@ -95,7 +95,7 @@ def raw_vs_corrected_figure(runs: Runs) -> ReportFigure | None:
 def conflict_rate_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure:
     """Conflict rate over steps with its null band."""
     aligned = convergence.aligned_curves(curves, frames.CONFLICT_RATE)
-    rate = significance.conflict_rate(*gramians.pool_runs(runs[:1]))
+    rate = significance.probe_rate(*gramians.pool_runs(runs[:1]))
     figure, axes = panels(1, 1, width=6.5, height=3.4)
     mean = convergence.mean_curves(aligned)
     plot_conflict_rate(aligned, mean=mean, null_error=float(rate["null_error"]), ax=axes[0][0])

@@ -32,9 +32,11 @@ from analysis.convergence_figures import (
     intervals_figure,
     speed_up_figure,
 )
+from analysis.method_channels import method_channels
 from analysis.panels import ReportFigure, ReportSection, Runs
 from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
 
+_CHANNELS = "activation_mean_square"
 Maker = Callable[[Runs], ReportFigure | None]
 
 
@@ -45,6 +47,7 @@ def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
         runs: What was compared; all must measure the same intervals.
         curves: `frames.curves_frame` of it.
     """
+    channels = method_channels(runs)
     makers: dict[str, list[tuple[str, Maker]]] = {
         "Convergence": [
             ("val_loss", lambda _: curves_figure(curves)),
@@ -71,13 +74,13 @@ def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
             ("gramian", clusters_figure),
         ],
         "Channels": [
-            ("activation_mean_square", channels_figure),
-            ("activation_mean_square", channel_count_figure),
-            ("activation_mean_square", lambda usable: effective_channels_figure(usable, curves)),
-            ("activation_mean_square", effective_by_block_figure),
-            ("activation_mean_square", specialisation_figure),
-            ("activation_mean_square", routing_budget_figure),
-            ("activation_mean_square", channel_overlap_figure),
+            (_CHANNELS, lambda _: channels_figure(channels)),
+            (_CHANNELS, lambda _: channel_count_figure(channels)),
+            (_CHANNELS, lambda _: effective_channels_figure(channels, curves)),
+            (_CHANNELS, lambda _: effective_by_block_figure(channels)),
+            (_CHANNELS, lambda _: specialisation_figure(channels)),
+            (_CHANNELS, lambda _: routing_budget_figure(channels)),
+            (_CHANNELS, lambda _: channel_overlap_figure(channels)),
         ],
     }
     sections = [ReportSection(title, _made(own, runs)) for title, own in makers.items()]

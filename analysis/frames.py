@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from analysis.activations import effective_channels
+from analysis.activations import effective_channels, run_energy
 from analysis.axes import CURVE_COLUMNS, add_axes
 from analysis.gramians import run_gramian
 from analysis.jackknife import quotable_error
-from analysis.significance import conflict_rate
+from analysis.significance import probe_rate, rates_by_step
 from lightning_modules.tracking.records import RunManifest
 
 VAL_LOSS = "loss/val"
@@ -25,9 +25,12 @@ EFFECTIVE_CHANNELS = "activation/effective_channels"
 
 def mean_loss(moments: xr.DataArray, quantity: str = "mse") -> xr.DataArray:
     """Mean of the losses behind moments (moment, quantity, ...); NaN where nothing was measured."""
-    chosen = moments.sel(quantity=quantity, drop=True)
-    count = chosen.sel(moment="count", drop=True)
-    return chosen.sel(moment="sum", drop=True) / count.where(count > 0)
+    chosen = moments.sel(quantity=quantity, drop=True).transpose("moment", ...)
+    count, total = (chosen.sel(moment=name, drop=True) for name in ("count", "sum"))
+    # Plain arrays: comparing their labels would take most of the time, for a hundred runs.
+    mean = np.full(total.shape, np.nan)
+    np.divide(total.values, count.values, out=mean, where=count.values > 0)
+    return total.copy(data=mean)
 
 
 def uniform_loss(run: xr.Dataset, split: str) -> xr.DataArray:
@@ -42,7 +45,7 @@ def uniform_loss(run: xr.Dataset, split: str) -> xr.DataArray:
     Returns:
         (train_step | val_step); NaN where a task was not measured or diverged.
     """
-    return _weighted(mean_loss(run[f"{split}_loss"]), run["t_high"] - run["t_low"] + 1)
+    return _weighted(mean_loss(run[f"{split}_loss"]), (run["t_high"] - run["t_low"] + 1).values)
 
 
 def quarter_losses(run: xr.Dataset) -> xr.DataArray:
@@ -53,15 +56,23 @@ def quarter_losses(run: xr.Dataset) -> xr.DataArray:
         nothing of a quarter was measured, or some of it diverged.
     """
     moments = run["val_quarter_loss"]
-    measured = moments.sel(quantity="mse", moment="count", drop=True) > 0
-    return _weighted(mean_loss(moments), run["quarter_timesteps"].where(measured, 0))
+    measured = moments.sel(quantity="mse", moment="count", drop=True).transpose(..., "task", "quarter") > 0
+    weights = np.where(measured, run["quarter_timesteps"].transpose("task", "quarter"), 0)
+    return _weighted(mean_loss(moments).transpose(..., "task", "quarter"), weights)
 
 
-def _weighted(mean: xr.DataArray, timesteps: xr.DataArray) -> xr.DataArray:
-    """Mean over tasks by their timesteps. NaN is not skipped: a diverged task's loss is not that of the others."""
-    total = (mean * timesteps).where(timesteps > 0, 0.0).sum("task", skipna=False)
-    weight = timesteps.sum("task")
-    return total / weight.where(weight > 0)
+def _weighted(mean: xr.DataArray, timesteps: np.ndarray) -> xr.DataArray:
+    """Mean over tasks by their timesteps. NaN is not skipped: a diverged task's loss is not that of the others.
+
+    Args:
+        mean: (..., task) or (..., task, quarter).
+        timesteps: That many, as an array that can be broadcast to it.
+    """
+    task = mean.get_axis_num("task")
+    total = np.where(timesteps > 0, mean.values * timesteps, 0.0).sum(task)
+    weight = np.broadcast_to(timesteps, mean.shape).sum(task)
+    average = np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
+    return mean.isel(task=0).drop_vars(["interval", "t_low", "t_high", "log_snr"], errors="ignore").copy(data=average)
 
 
 def curves_frame(runs: Sequence[xr.Dataset]) -> pd.DataFrame:
@@ -108,9 +119,9 @@ def run_curves(run: xr.Dataset) -> dict[str, xr.DataArray]:
     if "train_loss" in run:
         curves[TRAIN_LOSS] = uniform_loss(run, "train")
     if "gramian" in run:
-        curves[CONFLICT_RATE] = _conflict_rate(run)["by_step"]
+        curves[CONFLICT_RATE] = rates_by_step(run_gramian(run), run["group_count"])
     if "activation_mean_square" in run:
-        effective = effective_channels(run["activation_mean_square"].sel(site="input"))
+        effective = effective_channels(run_energy(run))
         curves[EFFECTIVE_CHANNELS] = effective.mean(("block", "task"))
     return curves
 
@@ -169,4 +180,4 @@ def interval_changes(losses: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def _conflict_rate(run: xr.Dataset) -> xr.Dataset:
-    return conflict_rate(run_gramian(run), run["group_count"])
+    return probe_rate(run_gramian(run), run["group_count"])

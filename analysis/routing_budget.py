@@ -10,6 +10,8 @@ what its reviewers asked for.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
@@ -32,14 +34,9 @@ def mask_use(run: xr.Dataset) -> xr.DataArray:
     coords = {name: coord for name, coord in run.coords.items() if coord.dims == ("task",)}
     use = np.ones((len(width), run.sizes["task"], channel.size))
     if "mask" in run:
-        timesteps = (run["t_high"] - run["t_low"] + 1).values[:, None]
-        # Blocks mostly share one mask; each different one is summed once.
-        found: dict[bytes, npt.NDArray[np.float64]] = {}
+        starts = tuple(run["t_low"].values.tolist())
         for block, mask in enumerate(run["mask"].values):
-            key = mask.tobytes()
-            if key not in found:
-                found[key] = np.add.reduceat(mask, run["t_low"].values, axis=0, dtype=np.int64) / timesteps
-            use[block] = found[key]
+            use[block] = _interval_use(mask.tobytes(), run.sizes["timestep"], starts)
     labelled = xr.DataArray(
         np.where(exists[:, None], use, np.nan),
         dims=("block", "task", "channel"),
@@ -47,6 +44,14 @@ def mask_use(run: xr.Dataset) -> xr.DataArray:
         name="mask use",
     )
     return labelled.assign_attrs(long_name="share of the timesteps at which a channel is allowed")
+
+
+@functools.lru_cache(maxsize=64)
+def _interval_use(mask: bytes, num_timesteps: int, starts: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """(task, channel); most blocks share one mask, and so do most runs of a method."""
+    allowed = np.frombuffer(mask, dtype=bool).reshape(num_timesteps, -1)
+    timesteps = np.diff([*starts, num_timesteps])[:, None]
+    return np.add.reduceat(allowed, starts, axis=0, dtype=np.int64) / timesteps
 
 
 def measured_use(run: xr.Dataset, *, share: float = USED_SHARE) -> xr.DataArray:
@@ -147,8 +152,11 @@ def mask_adherence(run: xr.Dataset, *, share: float = USED_SHARE) -> xr.Dataset:
     """
     if "mask" not in run:
         raise ValueError(f"run {run.attrs.get('name', '')} is not routed: it has no channel masks to follow")
-    energy = pooled_energy(run)
-    allowed = mask_use(run) > 0
+    return adherence(pooled_energy(run), mask_use(run) > 0, share=share)
+
+
+def adherence(energy: xr.DataArray, allowed: xr.DataArray, *, share: float = USED_SHARE) -> xr.Dataset:
+    """`mask_adherence` of energies (..., task, channel) to the channels that tasks may use, booleans alike."""
     total, count = energy.sum("channel"), allowed.sum("channel")
     used = (used_channels(energy, share) & allowed).sum("channel")
     return xr.Dataset(

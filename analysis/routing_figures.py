@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+
 import xarray as xr
 
 from analysis import activations, affinity, grouping, routing_budget
+from analysis.method_channels import MethodChannels
 from analysis.methods import method_name
-from analysis.panels import ReportFigure, Runs, keep_outer_labels, panels
+from analysis.panels import ReportFigure, keep_outer_labels, panels
 from analysis.plots.channel_shares import plot_routing_budget
 from analysis.plots.channels import plot_channel_frequency
 from analysis.plots.matrices import plot_overlap
 from analysis.plots.style import method_colour
 
 
-def routing_budget_figure(runs: Runs) -> ReportFigure:
+def routing_budget_figure(channels: Mapping[str, MethodChannels]) -> ReportFigure:
     """With whom each task shares the channels that it uses, and how often each channel is used, for each method."""
-    by_method = grouping.group_by_method(runs)
-    figure, axes = panels(2, len(by_method), height=3.2)
-    for column, (method, own) in enumerate(by_method.items()):
-        used, allowed = [routing_budget.measured_use(run) for run in own], [routing_budget.mask_use(run) for run in own]
-        budget, limit = (grouping.mean_over_runs([_budget(use) for use in uses]) for uses in (used, allowed))
+    figure, axes = panels(2, len(channels), height=3.2)
+    for column, (method, own) in enumerate(channels.items()):
+        budget, limit = (_budget(use).mean("run") for use in (own.measured, own.allowed))
         plot_routing_budget(
             budget["per_timestep"],
             allowed=limit["per_timestep"].sum("group"),
@@ -28,7 +28,7 @@ def routing_budget_figure(runs: Runs) -> ReportFigure:
             legend=False,
             ax=axes[0][column],
         )
-        frequencies = (routing_budget.channel_frequency(use[0]) for use in (used, allowed))
+        frequencies = (routing_budget.channel_frequency(use.isel(run=0)) for use in (own.measured, own.allowed))
         plot_channel_frequency(*frequencies, colour=method_colour(method), ax=axes[1][column])
     for ax in axes[:, 1:].ravel():
         ax.set_ylabel("")
@@ -44,20 +44,18 @@ def routing_budget_figure(runs: Runs) -> ReportFigure:
         "timesteps and moves a few: look how many an interval has for itself, and at which noise. Random routing gives "
         "no interval anything of its own, yet changes the channels with every timestep. Bottom: at how many timesteps "
         "each channel is used (colour, a line for each block of the first seed) and allowed (grey)."
-        f"{_adherence(by_method)}",
+        f"{_adherence(channels)}",
         figure,
     )
 
 
-def _adherence(by_method: dict[str, list[xr.Dataset]]) -> str:
+def _adherence(channels: Mapping[str, MethodChannels]) -> str:
     """A sentence for each routed method on how far use follows the mask."""
     said = ""
-    for method, own in by_method.items():
-        found = [routing_budget.mask_adherence(run) for run in own if "mask" in run]
-        if found:
-            used, outside = (
-                np.mean([float(each[name].mean()) for each in found]) for name in ("used_of_allowed", "outside")
-            )
+    for method, own in channels.items():
+        if own.routed:
+            found = routing_budget.adherence(own.energy(), own.allowed > 0)
+            used, outside = (float(found[name].mean()) for name in ("used_of_allowed", "outside"))
             said += (
                 f" {method_name(method)}: intervals use {used:.1%} of the channels that they may use at any timestep; "
             )
@@ -65,19 +63,17 @@ def _adherence(by_method: dict[str, list[xr.Dataset]]) -> str:
     return said
 
 
-def channel_overlap_figure(runs: Runs) -> ReportFigure:
+def channel_overlap_figure(channels: Mapping[str, MethodChannels]) -> ReportFigure:
     """What masks let two tasks share, which channels both use, and how much of their energy lies in the same ones."""
-    by_method = grouping.group_by_method(runs)
-    figure, axes = panels(3, len(by_method), height=3.7, square=True)
-    for column, (method, own) in enumerate(by_method.items()):
-        name, last = method_name(method), column == len(by_method) - 1
-        energies = [activations.pooled_energy(run) for run in own]
-        masks = grouping.mean_over_runs([_mask_overlap(run) for run in own])
-        words = "masks" if any("mask" in run for run in own) else "no mask"
+    figure, axes = panels(3, len(channels), height=3.7, square=True)
+    for column, (method, own) in enumerate(channels.items()):
+        name, last = method_name(method), column == len(channels) - 1
+        masks = grouping.mean_over_runs([_mask_overlap(run) for run in own.runs])
+        words = "masks" if own.routed else "no mask"
         plot_overlap(masks, title=f"{name}: {words}", colorbar=last, ax=axes[0][column])
-        used = grouping.mean_over_runs([activations.active_overlap(energy) for energy in energies])
+        used = activations.active_overlap(own.energy())
         plot_overlap(used, title=f"{name}: channels in use", colorbar=last, ax=axes[1][column])
-        shared = grouping.mean_over_runs([activations.energy_overlap(energy) for energy in energies])
+        shared = activations.energy_overlap(own.energy())
         plot_overlap(shared, title=f"{name}: energy", colorbar=last, ax=axes[2][column])
     keep_outer_labels(axes)
     return ReportFigure(

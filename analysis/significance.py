@@ -81,7 +81,7 @@ def probe_rate(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors = "
         ``rate`` and ``standard_error`` (...); ``by_step`` (gradient_step, ...); ``null`` (0.5) and ``null_error``: the
         standard deviation of one step's rate if all pairs were independent noise.
     """
-    by_step, pairs = _rates_by_step(gramian, count)
+    by_step, pairs = _rates_and_pairs(gramian, count)
     pool = pool_series(xr.Dataset({"by_step": by_step}), gramian)
     found = pool.estimate("rate", lambda means: means["by_step"], errors)
     null_error = NOISE_NULL / (pairs.where(pairs > 0) ** 0.5).mean(STEP)
@@ -115,7 +115,12 @@ def conflict_rate(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors 
     return found.assign({**shares, "pairs": (dims, tested)})
 
 
-def _rates_by_step(gramian: xr.DataArray, count: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+def rates_by_step(gramian: xr.DataArray, count: xr.DataArray) -> xr.DataArray:
+    """``by_step`` of `probe_rate` alone: (gradient_step, ...)."""
+    return _rates_and_pairs(gramian, count)[0]
+
+
+def _rates_and_pairs(gramian: xr.DataArray, count: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """The share of pairs with a negative product (gradient_step, ...), and the number of pairs that are known."""
     values, counts, lead = plain_arrays(gramian, count)
     above = np.triu_indices(values.shape[2], 1)

@@ -14,6 +14,7 @@ from analysis.channel_figures import (
     effective_channels_figure,
     specialisation_figure,
 )
+from analysis.method_channels import method_channels
 from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
 from tests.analysis import synthetic
 
@@ -36,13 +37,13 @@ def curves_of(runs):
 
 def all_figures(runs):
     return [
-        channels_figure(runs),
-        channel_count_figure(runs),
-        effective_channels_figure(runs, curves_of(runs)),
-        effective_by_block_figure(runs),
-        specialisation_figure(runs),
-        routing_budget_figure(runs),
-        channel_overlap_figure(runs),
+        channels_figure(method_channels(runs)),
+        channel_count_figure(method_channels(runs)),
+        effective_channels_figure(method_channels(runs), curves_of(runs)),
+        effective_by_block_figure(method_channels(runs)),
+        specialisation_figure(method_channels(runs)),
+        routing_budget_figure(method_channels(runs)),
+        channel_overlap_figure(method_channels(runs)),
     ]
 
 
@@ -76,7 +77,7 @@ def test_every_figure_can_be_drawn(runs, choose):
 
 
 def test_channels_are_those_of_the_first_run_beside_its_mask(runs):
-    axes = panels_of(channels_figure(runs))
+    axes = panels_of(channels_figure(method_channels(runs)))
     assert [ax.get_title() for ax in axes[:3]] == ["Baseline: no mask", "Random routing: mask", "DTR: mask"]
     run = of(runs, "dtr")[0]
     np.testing.assert_array_equal(axes[2].images[0].get_array(), routing_budget.mask_use(run).values[0])
@@ -87,11 +88,11 @@ def test_channels_are_those_of_the_first_run_beside_its_mask(runs):
     assert axes[8].collections[0].get_segments()  # the outline of the mask
     assert not axes[6].collections[0].get_segments()  # the plain model has none
     assert {ax.images[0].get_clim() for ax in axes[3:]} == {(0.01, 10)}
-    assert len(panels_of(channels_figure(runs, shown_blocks=1))) == 6
+    assert len(panels_of(channels_figure(method_channels(runs), shown_blocks=1))) == 6
 
 
 def test_counts_are_means_over_tasks_and_seeds(runs):
-    axes = channel_count_figure(runs).figure.axes
+    axes = channel_count_figure(method_channels(runs)).figure.axes
     usage = [routing_budget.run_usage(run).mean("task") for run in of(runs, "dtr")]
     bars = np.array([bar.get_width() for bar in axes[2].patches]).reshape(3, 2)
     for row, name in enumerate(("used_share", "silent_share", "masked_share")):
@@ -101,13 +102,13 @@ def test_counts_are_means_over_tasks_and_seeds(runs):
 
 
 def test_effective_shares_by_task_and_block(runs):
-    by_task, over_training = effective_channels_figure(runs, curves_of(runs)).figure.axes
+    by_task, over_training = effective_channels_figure(method_channels(runs), curves_of(runs)).figure.axes
     thick = {line.get_label(): line.get_ydata() for line in by_task.lines if line.get_linewidth() > 2}
     for method, name in zip(METHODS, ("Baseline", "Random routing", "DTR"), strict=True):
         shares = [routing_budget.run_usage(run)["effective_share"] for run in of(runs, method)]
         np.testing.assert_allclose(thick[name], np.mean([share.mean("block") for share in shares], axis=0))
     assert len([line for line in over_training.lines if line.get_linewidth() < 1]) == len(runs)
-    axes = panels_of(effective_by_block_figure(runs))
+    axes = panels_of(effective_by_block_figure(method_channels(runs)))
     np.testing.assert_allclose(axes[2].images[0].get_array(), np.mean(shares, axis=0))
     assert len({ax.images[0].get_clim() for ax in axes}) == 1
     assert axes[0].get_yticklabels()[1].get_text() == "blocks.1"
@@ -115,7 +116,7 @@ def test_effective_shares_by_task_and_block(runs):
 
 
 def test_specialisation_is_of_all_channels_of_all_seeds(runs):
-    boxes, preferring = specialisation_figure(runs).figure.axes
+    boxes, preferring = specialisation_figure(method_channels(runs)).figure.axes
     profiles = [activations.channel_profile(activations.pooled_energy(run)) for run in of(runs, "dtr")]
     pooled = np.concatenate([profile["specialisation"].sel(block="blocks.0") for profile in profiles])
     medians = [line.get_xdata()[0] for line in boxes.lines if line.get_color() == "white"]
@@ -126,7 +127,7 @@ def test_specialisation_is_of_all_channels_of_all_seeds(runs):
 
 
 def test_budget_bars_and_adherence(runs):
-    made = routing_budget_figure(runs)
+    made = routing_budget_figure(method_channels(runs))
     axes = made.figure.axes
     budgets = [routing_budget.routing_budget(routing_budget.measured_use(run)) for run in of(runs, "dtr")]
     expected = np.mean([(each["per_timestep"] / each["width"]).mean("block") for each in budgets], axis=0)
@@ -144,11 +145,12 @@ def test_a_leak_through_the_mask_is_said(runs):
     run = of(runs, "dtr")[0]
     leaking = run.assign(activation_mean_square=run["activation_mean_square"] + 0.1)
     outside = float(routing_budget.mask_adherence(leaking)["outside"].mean())
-    assert f"{outside:.2%} of their energy lies on other channels" in routing_budget_figure([leaking]).caption
+    caption = routing_budget_figure(method_channels([leaking])).caption
+    assert f"{outside:.2%} of their energy lies on other channels" in caption
 
 
 def test_overlaps_are_on_one_scale_beside_the_mask(runs):
-    axes = panels_of(channel_overlap_figure(runs))
+    axes = panels_of(channel_overlap_figure(method_channels(runs)))
     matrices = [ax.images[0].get_array().filled(np.nan) for ax in axes]
     np.testing.assert_array_equal(matrices[0], 1)  # no mask
     own = of(runs, "random")

@@ -30,7 +30,6 @@ The same threshold as the scalar ``activation/dead_fraction`` that is logged dur
 """
 LATE_PART = 0.25
 """The part of training, at its end, that a finished model is judged by."""
-_ROWS = 4096
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -121,14 +120,13 @@ def effective_channels(energy: xr.DataArray) -> xr.DataArray:
     """
     channels_last = energy.transpose(..., "channel")
     lead = channels_last.isel(channel=0, drop=True)
-    values = channels_last.values.reshape(-1, energy.sizes["channel"])
-    effective = np.full(len(values), np.nan)
+    effective = np.full(lead.shape, np.nan)
     # Piece by piece: squares of all steps of a long run at once would take more memory than the run.
-    for start in range(0, len(values), _ROWS):
-        rows = np.nan_to_num(values[start : start + _ROWS], posinf=np.nan, neginf=np.nan).astype(float)
+    for place in np.ndindex(lead.shape[:-2]):
+        rows = np.nan_to_num(channels_last.values[place].astype(float), posinf=np.nan, neginf=np.nan)
         total, squares = rows.sum(-1), (rows**2).sum(-1)
-        np.divide(total**2, squares, out=effective[start : start + _ROWS], where=squares > 0)
-    return lead.copy(data=effective.reshape(lead.shape))
+        np.divide(total**2, squares, out=effective[place], where=squares > 0)
+    return lead.copy(data=effective)
 
 
 def channel_profile(energy: xr.DataArray) -> xr.Dataset:

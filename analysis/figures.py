@@ -32,22 +32,54 @@ from analysis.convergence_figures import (
     intervals_figure,
     speed_up_figure,
 )
+from analysis.forked import forked_map
 from analysis.method_channels import method_channels
-from analysis.panels import ReportFigure, ReportSection, Runs
+from analysis.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
 
 _CHANNELS = "activation_mean_square"
 Maker = Callable[[Runs], ReportFigure | None]
 
 
-def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
+def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection[ReportFigure]]:
     """All figures that these runs have data for, in the sections and the order of the report.
 
     Args:
         runs: What was compared; all must measure the same intervals.
         curves: `frames.curves_frame` of it.
     """
+    made = [(title, maker(usable)) for title, maker, usable in _planned(runs, curves)]
+    return _sections([(title, figure) for title, figure in made if figure is not None])
+
+
+def drawn_sections(runs: Runs, curves: pd.DataFrame, *, pdf: bool = False) -> list[ReportSection[DrawnFigure]]:
+    """`report_sections` as files, made and drawn side by side.
+
+    Args:
+        runs: What was compared; all must measure the same intervals.
+        curves: `frames.curves_frame` of it.
+        pdf: Whether to draw PDF files, too.
+    """
+
+    def draw(task: tuple[str, Maker, Runs]) -> tuple[str, DrawnFigure | None]:
+        title, maker, usable = task
+        figure = maker(usable)
+        return title, None if figure is None else figure.drawn(pdf)
+
+    made = forked_map(draw, _planned(runs, curves))
+    return _sections([(title, figure) for title, figure in made if figure is not None])
+
+
+def _sections(made: list[tuple[str, AnyFigure]]) -> list[ReportSection[AnyFigure]]:
+    titles = dict.fromkeys(title for title, _ in made)
+    return [ReportSection(title, [figure for own, figure in made if own == title]) for title in titles]
+
+
+def _planned(runs: Runs, curves: pd.DataFrame) -> list[tuple[str, Maker, Runs]]:
+    """Section, maker, and the runs that have the variable that the figure shows; without those that have none."""
     channels = method_channels(runs)
+    for own in channels.values():
+        own.prepare()
     makers: dict[str, list[tuple[str, Maker]]] = {
         "Convergence": [
             ("val_loss", lambda _: curves_figure(curves)),
@@ -83,11 +115,9 @@ def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection]:
             (_CHANNELS, lambda _: channel_overlap_figure(channels)),
         ],
     }
-    sections = [ReportSection(title, _made(own, runs)) for title, own in makers.items()]
-    return [section for section in sections if section.figures]
-
-
-def _made(makers: list[tuple[str, Maker]], runs: Runs) -> list[ReportFigure]:
-    """The figures whose variable some of the runs have, of these runs."""
-    made = [maker(usable) for variable, maker in makers if (usable := [run for run in runs if variable in run])]
-    return [figure for figure in made if figure is not None]
+    return [
+        (title, maker, usable)
+        for title, own in makers.items()
+        for variable, maker in own
+        if (usable := [run for run in runs if variable in run])
+    ]

@@ -60,6 +60,11 @@ class MethodChannels:
         energy = self.energy()
         return self.allowed.where(used_channels(energy), 0.0).where(energy.notnull())
 
+    def prepare(self) -> None:
+        """Computes what most figures need, before processes are forked that would each compute it."""
+        self.energy()
+        _ = self.measured
+
     def usage(self, site: Site = "input") -> xr.Dataset:
         """`routing_budget.run_usage` of each run: (run, block) and (run, block, task)."""
         return channel_usage(self.energy(site), self.allowed > 0 if site == "input" else None)

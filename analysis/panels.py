@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 Runs = Sequence[xr.Dataset]
 _PANEL_INCHES = 3.6
 _DPI = 130
+_WIDE_INCHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,42 @@ class ReportFigure:
             self.figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Title": self.title})
         return buffer.getvalue()
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it is legible on a phone at a smaller width than the others."""
+        return self.figure.get_figwidth() < _WIDE_INCHES
+
+    def drawn(self, pdf: bool = False) -> DrawnFigure:
+        """The figure as files; as PDF on request."""
+        return DrawnFigure(self.name, self.title, self.caption, self.narrow, self.png, self.pdf if pdf else None)
+
 
 @dataclasses.dataclass(frozen=True)
-class ReportSection:
+class DrawnFigure:
+    """A `ReportFigure` as files.
+
+    Attributes:
+        name: File name without ending.
+        title: Headline.
+        caption: What is drawn, and what to look for.
+        narrow: Whether it is legible on a phone at a smaller width than the others.
+        png: As a PNG file.
+        pdf: As a PDF file, if asked for.
+    """
+
+    name: str
+    title: str
+    caption: str
+    narrow: bool
+    png: bytes
+    pdf: bytes | None
+
+
+AnyFigure = TypeVar("AnyFigure", ReportFigure, DrawnFigure)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSection(Generic[AnyFigure]):
     """Figures that answer one question.
 
     Attributes:
@@ -69,7 +104,7 @@ class ReportSection:
     """
 
     title: str
-    figures: list[ReportFigure]
+    figures: list[AnyFigure]
 
 
 def panels(

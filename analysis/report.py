@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from analysis.methods import method_name, ordered
-from analysis.panels import ReportFigure, ReportSection
+from analysis.panels import DrawnFigure, ReportSection
 from analysis.summary import Verdict, readable
 from lightning_modules.tracking.records import RunManifest
 
@@ -70,7 +70,7 @@ def render_report(
     summary: pd.DataFrame,
     said: Verdict,
     table: pd.DataFrame,
-    sections: Sequence[ReportSection],
+    sections: Sequence[ReportSection[DrawnFigure]],
     *,
     title: str,
 ) -> str:
@@ -81,7 +81,7 @@ def render_report(
         summary: `summary.summary_frame` of it.
         said: `summary.verdict` of it.
         table: `frames.runs_frame` of it.
-        sections: `figures.report_sections` of it.
+        sections: `figures.drawn_sections` of it.
         title: Headline.
     """
     names = ["Summary", *(section.title for section in sections), "Runs", "Settings", "How to read this"]
@@ -147,14 +147,14 @@ def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _section(section: ReportSection) -> str:
+def _section(section: ReportSection[DrawnFigure]) -> str:
     return "\n".join([_headline(section.title), *(_figure(figure) for figure in section.figures)])
 
 
-def _figure(figure: ReportFigure) -> str:
+def _figure(figure: DrawnFigure) -> str:
     data = base64.b64encode(figure.png).decode()
     title, caption = escape(figure.title), escape(figure.caption)
-    narrow = ' class="narrow"' if figure.figure.get_figwidth() < 8 else ""
+    narrow = ' class="narrow"' if figure.narrow else ""
     image = f'<img{narrow} src="data:image/png;base64,{data}" alt="{title}">'
     return f'<h3>{title}</h3>\n<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>'
 

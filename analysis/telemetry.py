@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from analysis.channel_moments import read_activations
@@ -95,9 +96,15 @@ def _read_masks(path: Path, manifest: RunManifest) -> xr.Dataset | None:
     blocks = list(manifest.block_channels)
     mask = np.zeros((len(blocks), manifest.num_timesteps, max(manifest.block_channels.values())), dtype=bool)
     with np.load(path) as stored:
+        read: dict[tuple[int, int, int], npt.NDArray[np.bool_]] = {}
         for index, block in enumerate(blocks):
             if block not in stored:
                 raise UserInputError(f"{path} has no mask for block {block!r}, only {sorted(stored)}")
-            mask[index, :, : manifest.block_channels[block]] = stored[block]
+            # Most blocks have the same mask: what has the same checksum is unpacked once.
+            entry = stored.zip.getinfo(f"{block}.npy")
+            key = (entry.CRC, entry.file_size, entry.compress_size)
+            if key not in read:
+                read[key] = stored[block]
+            mask[index, :, : manifest.block_channels[block]] = read[key]
     coords = {"block": blocks, "channel": np.arange(mask.shape[-1])}
     return xr.Dataset({"mask": (("block", "timestep", "channel"), mask)}, coords=coords)

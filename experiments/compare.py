@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from rich.console import Console
 
-    from analysis.figures import ReportFigure
+    from analysis.panels import DrawnFigure
     from analysis.summary import Verdict
 
 TABLES_DIR = "tables"
@@ -96,7 +96,7 @@ def compare(
     Raises:
         UserInputError: If the runs cannot be loaded or compared, or ``out`` cannot be written to.
     """
-    from analysis.figures import report_sections
+    from analysis.figures import drawn_sections
     from analysis.frames import curves_frame, interval_losses, runs_frame
     from analysis.report import render_report
     from analysis.runs import locate_store
@@ -114,7 +114,7 @@ def compare(
     summary = summary_frame(table, curves)
     said = verdict(runs, summary, curves)
     said.warnings.extend(left_out)
-    sections = report_sections(runs, curves)
+    sections = drawn_sections(runs, curves, pdf=pdf)
     title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
     page = render_report(runs, summary, said, table, sections, title=title)
     tables = {
@@ -123,7 +123,7 @@ def compare(
         "curves": curves,
         "interval_losses": interval_losses(runs),
     }
-    _write(folder, tables, [figure for section in sections for figure in section.figures], page, pdf)
+    _write(folder, tables, [figure for section in sections for figure in section.figures], page)
     parent = _log(uri, runs, name, folder, summary, said) if log else ""
     summary.attrs = {"findings": said.findings, "warnings": said.warnings, "out": str(folder), "run_id": parent}
     return summary
@@ -224,14 +224,12 @@ def _method_names(summary: pd.DataFrame) -> list[str]:
     return [method_name(str(method)) for method in summary.index]
 
 
-def _write(
-    folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[ReportFigure], page: str, pdf: bool
-) -> None:
+def _write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Sequence[DrawnFigure], page: str) -> None:
     for name, table in tables.items():
         table.to_csv(folder / TABLES_DIR / f"{name}.csv", index=False)
     for figure in figures:
         (folder / FIGURES_DIR / f"{figure.name}.png").write_bytes(figure.png)
-        if pdf:
+        if figure.pdf is not None:
             (folder / FIGURES_DIR / f"{figure.name}.pdf").write_bytes(figure.pdf)
     (folder / REPORT).write_text(page, encoding="utf-8")
 

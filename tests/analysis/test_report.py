@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from analysis.figures import report_sections
+from analysis.figures import drawn_sections, report_sections
 from analysis.frames import curves_frame, runs_frame
 from analysis.report import render_report
 from analysis.summary import Verdict, summary_frame, verdict
@@ -20,7 +20,7 @@ def rendered(runs, said=None):
     curves, table = curves_frame(runs), runs_frame(runs)
     summary = summary_frame(table, curves)
     said = said or verdict(runs, summary, curves)
-    sections = report_sections(runs, curves)
+    sections = drawn_sections(runs, curves)
     return render_report(runs, summary, said, table, sections, title="A vs. <B>"), figures_in(sections)
 
 
@@ -102,6 +102,20 @@ def test_one_probe_is_drawn_as_undefined_not_as_zero(runs):
     figures = figures_in(report_sections(short, curves_frame(short)))
     raw = next(figure for figure in figures if figure.name == "raw_vs_corrected").figure.axes[0]
     assert [text.get_text() for text in raw.texts] == ["undefined: 28 of 28"]
+
+
+def test_figures_drawn_side_by_side_are_those_drawn_one_by_one(runs):
+    few = runs[:4]
+    curves = curves_frame(few)
+    drawn, made = drawn_sections(few, curves, pdf=True), report_sections(few, curves)
+    assert [section.title for section in drawn] == [section.title for section in made]
+    expected = {figure.name: figure for figure in figures_in(made)}
+    assert [figure.name for figure in figures_in(drawn)] == list(expected)
+    for figure in figures_in(drawn):
+        own = expected[figure.name]
+        assert (figure.title, figure.caption, figure.narrow) == (own.title, own.caption, own.narrow)
+        assert figure.png == own.png
+        assert figure.pdf.startswith(b"%PDF")
 
 
 def test_runs_without_probes_have_fewer_figures(runs):

@@ -39,13 +39,14 @@ def few_figures(request, monkeypatch):
     """Draws one figure only, where a test is about other things."""
     if request.node.name == "test_compare_writes_and_logs":
         return
-    sections = drawing.report_sections
+    sections = drawing.drawn_sections
 
-    def one(runs, curves):
+    def few(runs, curves, *, pdf):
         kept = ["val_loss", "val_quarter_loss", "train_loss", "quarter_timesteps"]
-        return sections([run[[name for name in kept if name in run]].assign_attrs(run.attrs) for run in runs], curves)
+        bare = [run[[name for name in kept if name in run]].assign_attrs(run.attrs) for run in runs]
+        return sections(bare, curves, pdf=pdf)
 
-    monkeypatch.setattr(drawing, "report_sections", one)
+    monkeypatch.setattr(drawing, "drawn_sections", few)
 
 
 def test_compare_writes_and_logs(store, tmp_path):
@@ -155,7 +156,7 @@ def test_runs_that_cannot_be_compared(store, tmp_path):
 
 
 def test_unwritable_output_is_refused_before_any_figure(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("analysis.figures.report_sections", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("analysis.figures.drawn_sections", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "tables").touch()

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TAG_PREFIX = "mlflow.sharedViewState."
-COLUMNS = (
-    *(f"tags.`{tag}`" for tag in (TAG_METHOD, TAG_SEED)),
-    *(f"metrics.`{metric}`" for metric in ("loss/val", "conflict/mean_rate")),
-)
+COLUMNS = {
+    f"tags.`{TAG_METHOD}`": 90,
+    f"tags.`{TAG_SEED}`": 80,
+    "metrics.`loss/val`": 130,
+    "metrics.`conflict/mean_rate`": 145,
+}
+"""Columns to add -> their widths in pixels: MLflow's 100 cut off the longest heading."""
+COLUMN_WIDTHS = {"attributes.`Run Name`": 260, "runDateAndNestInfo": 150, **COLUMNS, "duration": 80}
+"""All columns from left to right -> their widths: methods before results, and all within a window of 1280 pixels."""
 ORDER_BY = f"tags.`{TAG_METHOD}`"
 IMAGES = {
     "images": ("conflict_cosine", "affinity_look_ahead", "affinity_representation"),
@@ -107,9 +112,9 @@ def view_state(comparison: str | None, image_steps: Mapping[str, int]) -> dict[s
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(COLUMNS),
-        "columnOrder": [],
-        "columnWidths": {},
-        "runsHiddenMode": "SHOWALL",  # else runs after the tenth are not drawn
+        "columnOrder": list(COLUMN_WIDTHS),
+        "columnWidths": COLUMN_WIDTHS,
+        "runsHiddenMode": "SHOW_ALL",  # else runs after the tenth are not drawn
         "compareRunSections": [_section(name) for name in ("images", *CURVES, "more images")],
         "compareRunCharts": charts,
         "isAccordionReordered": True,

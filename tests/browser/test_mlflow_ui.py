@@ -4,7 +4,11 @@ import re
 from collections.abc import Callable
 
 import pytest
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -31,6 +35,15 @@ return Array.from(document.querySelectorAll('[role="dialog"] img')).map(image =>
   canvas.getContext('2d').drawImage(image, 0, 0, 32, 32);
   return canvas.toDataURL();
 });"""
+# Whether a click anywhere from the upper to the lower edge of a link, in the middle of its first line, would hit it.
+CLEAR = """
+const box = arguments[0].getClientRects()[0];
+return [0.1, 0.5, 0.9].every(share =>
+  arguments[0].contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height * share)));"""
+UNCUT = """
+const right = element => element.getBoundingClientRect().right;
+return right(arguments[0].querySelector('span')) <= right(arguments[0]);"""
+HEADING = '[role="columnheader"][col-id]'
 
 
 def wait_for(browser, condition: Callable, what: str):
@@ -42,6 +55,23 @@ def wait_for(browser, condition: Callable, what: str):
 
 def find_all(browser, selector: str) -> list:
     return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def click(browser, find: Callable, what: str) -> None:
+    """Clicks what can be found, as soon as nothing lies over it: while a page is built things move and cover others."""
+
+    def clicked():
+        try:
+            find().click()
+        except ElementClickInterceptedException:
+            return False
+        return True
+
+    wait_for(browser, clicked, f"to click {what}")
+
+
+def click_on(browser, selector: str, what: str) -> None:
+    click(browser, lambda: browser.find_element(By.CSS_SELECTOR, selector), what)
 
 
 def listed_runs(browser) -> set[str]:
@@ -82,7 +112,7 @@ def test_loss_curves_of_all_runs_are_drawn(browser, links, demo_store):
 
 def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
     open_card(browser, links, "conflict_cosine")
-    wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, FULL_SCREEN), "the full screen button").click()
+    click_on(browser, FULL_SCREEN, "the full screen button")
 
     def slider():
         return browser.find_element(By.CSS_SELECTOR, '[role="dialog"] [role="slider"]')
@@ -109,25 +139,34 @@ def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
             slider().send_keys(Keys.ARROW_LEFT)
 
 
-def headings(browser) -> set[str]:
-    return {heading.text for heading in find_all(browser, '[role="columnheader"]')}
-
-
 def test_the_first_screen_is_a_table_of_methods_and_results(browser, links, demo_store):
     browser.get(links["runs"])
     wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the runs")
-    wanted = {"dtr.method", "dtr.seed", "loss/val", "conflict/mean_rate"}
-    wait_for(browser, lambda: headings(browser) >= wanted, f"the columns {sorted(wanted)}")
+    wanted = ["dtr.method", "dtr.seed", "loss/val", "conflict/mean_rate"]
+
+    def headings():  # from left to right
+        found = [heading for heading in find_all(browser, HEADING) if heading.text in wanted]
+        return sorted(found, key=lambda heading: heading.rect["x"])
+
+    wait_for(browser, lambda: [heading.text for heading in headings()] == wanted, f"the columns {wanted}")
+    for number, text in enumerate(wanted):
+
+        def uncut(number=number):
+            return browser.execute_script(UNCUT, headings()[number])
+
+        wait_for(browser, uncut, f"the whole of the heading {text!r}")
     assert not find_all(browser, CLOSE_ASSISTANT), "MLflow's assistant covers a part of the window"
 
 
-def click_link(browser, text: str) -> None:
-    def click():
-        next(link for link in find_all(browser, "a") if link.text == text).click()
-        return True
+def link_named(browser, text: str):
+    found = next((link for link in find_all(browser, "a") if link.text == text), None)
+    if found is None:
+        raise NoSuchElementException(f"no link {text!r}")
+    return found
 
-    wait_for(browser, lambda: any(link.text == text for link in find_all(browser, "a")), f"a link {text!r}")
-    wait_for(browser, click, f"to click {text!r}")
+
+def click_link(browser, text: str) -> None:
+    click(browser, lambda: link_named(browser, text), f"the link {text!r}")
 
 
 def follow(browser, text: str) -> None:
@@ -147,8 +186,11 @@ def test_from_the_experiments_to_the_report_as_a_user_goes(browser, links, demo_
     wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the comparison's runs")
     click_link(browser, "dtr-seed0")
     wait_for(browser, lambda: "Denoising Task Routing" in browser.page_source, "what the run is")
-    menu = browser.find_element(By.TAG_NAME, "aside").text
+    menu = wait_for(browser, lambda: browser.find_element(By.TAG_NAME, "aside").text, "the menu")
     assert "Evaluation runs" not in menu, "a click must not lead into MLflow's mode for language models"
+    for text in ("report", "table", "charts", "baseline-seed0"):
+        link = link_named(browser, text)
+        wait_for(browser, lambda link=link: browser.execute_script(CLEAR, link), f"nothing over the link {text!r}")
     follow(browser, "baseline-seed0")
     wait_for(browser, lambda: "Plain denoiser" in browser.page_source, "the run that it is compared with")
     follow(browser, "report")
@@ -171,7 +213,7 @@ def test_baseline_and_dtr_are_compared_side_by_side(browser, links):
 
     for name in ("baseline-seed0", "dtr-seed0"):
         wait_for(browser, lambda name=name: tick(name), f"a box for {name}")
-    wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, COMPARE), "the button to compare").click()
+    click_on(browser, COMPARE, "the button to compare")
 
     def missing():
         words = set(browser.find_element(By.TAG_NAME, "body").text.split())

@@ -5,7 +5,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from experiments.mlflow_links import artifact_url, run_url, runs_url
-from experiments.mlflow_notes import NOTE_TAG, link_runs, with_paragraph
+from experiments.mlflow_notes import NOTE_TAG, link_runs, with_first_paragraph, with_link_line
 from lightning_modules.tracking.store import ensure_experiment, mlflow_client
 
 
@@ -44,14 +44,34 @@ def test_without_a_base_links_are_relative_to_mlflows_page(link):
     assert " " not in link
 
 
-def test_a_paragraph_takes_the_place_of_one_that_begins_alike():
+def test_links_stand_in_the_second_line_which_mlflow_leaves_clear():
     note = "**DTR**, seed 0.\n\nA user's own words."
-    first = with_paragraph(note, "Compared in **c**", "Compared in **c**: one")
-    assert first == "**DTR**, seed 0.\n\nCompared in **c**: one\n\nA user's own words."
-    again = with_paragraph(first, "Compared in **c**", "Compared in **c**: two")
+    first = with_link_line(note, "Compared in **c**", "Compared in **c**: one")
+    assert first == "**DTR**, seed 0.  \nCompared in **c**: one\n\nA user's own words."
+    again = with_link_line(first, "Compared in **c**", "Compared in **c**: two")
     assert again == first.replace("one", "two")
-    assert with_paragraph(again, "Compared in **d**", "Compared in **d**: x").count("Compared in") == 2
-    assert with_paragraph("", "Newest", "Newest: x", at=0) == "Newest: x"
+    both = with_link_line(again, "Compared in **d**", "Compared in **d**: x")
+    assert both == again.replace("Compared in **c**", "Compared in **d**: x  \nCompared in **c**")
+    assert with_link_line("", "Compared in **c**", "Compared in **c**: one") == "Compared in **c**: one"
+
+
+def test_a_users_paragraph_is_not_torn_apart():
+    note = "My own words,  \nin two lines.\n\nMore."
+    first = with_link_line(note, "Compared in **c**", "Compared in **c**: one")
+    assert first == f"Compared in **c**: one\n\n{note}"
+    assert with_link_line(first, "Compared in **c**", "Compared in **c**: one") == first
+
+
+def test_a_paragraph_of_its_own_is_moved_up():
+    older = "**DTR**, seed 0.\n\nCompared in **c**: one\n\nMore."
+    assert with_link_line(older, "Compared in **c**", "Compared in **c**: two") == (
+        "**DTR**, seed 0.  \nCompared in **c**: two\n\nMore."
+    )
+
+
+def test_the_newest_comparison_takes_the_place_of_the_one_before():
+    assert with_first_paragraph("", "Newest", "Newest: x") == "Newest: x"
+    assert with_first_paragraph("Words.\n\nNewest: x", "Newest", "Newest: y") == "Newest: y\n\nWords."
 
 
 def test_every_run_leads_to_the_report_and_to_the_others(tmp_path):
@@ -66,11 +86,11 @@ def test_every_run_leads_to_the_report_and_to_the_others(tmp_path):
         link_runs(client, experiment, "c", "parent", members, "view")
     for (own, name), (other, other_name) in (members, members[::-1]):
         note = client.get_run(own).data.tags[NOTE_TAG]
-        assert note.startswith("**Plain denoiser**.\n\nCompared in **c**: [report](#/experiments/")
+        assert note.startswith("**Plain denoiser**.  \nCompared in **c**: [report](#/experiments/")
         assert "/runs/parent/artifacts/report.html" in note
         assert f"[{other_name}]({run_url('', experiment, other)})" in note
         assert f"[{name}]" not in note
         assert note.count("Compared in") == 1
     note = client.get_experiment(experiment).tags[NOTE_TAG]
-    assert note.startswith("Newest comparison **c** (2 runs): [report](")
+    assert note.startswith("Newest comparison c (2 runs): [report](")
     assert note.endswith("\n\nMy experiment.")

@@ -72,3 +72,9 @@ def test_the_filter_finds_a_comparison_with_an_apostrophe(client):
         client.create_run(experiment_id, tags={"dtr.comparison": name}, run_name=name)
     found = client.search_runs([experiment_id], filter_string=comparison_filter("ann's"))
     assert [run.info.run_name for run in found] == ["ann's"]
+
+
+def test_every_column_has_its_place_and_its_width():
+    state = view_state("c", {})
+    assert set(state["selectedColumns"]) <= set(state["columnOrder"])
+    assert set(state["columnOrder"]) == set(state["columnWidths"])

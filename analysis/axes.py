@@ -37,6 +37,7 @@ class Curve(NamedTuple):
     value: npt.NDArray[np.float64]
 
 
+FloatArray = npt.NDArray[np.float64]
 SeedCurves = dict[tuple[str, int], Curve]
 """The curves of one metric by (method, seed)."""
 
@@ -104,18 +105,25 @@ def seed_curves(curves: pd.DataFrame, metric: str, axis: Axis = "step") -> SeedC
     if axis not in curves:
         raise ValueError(f"these curves have no column {axis!r}: put them through axes.add_axes(curves, runs) first")
     own = curves[curves["metric"] == metric]
-    table = own[["run", "method", "seed", "step", "value"]].assign(x=own[axis])
-    _check_placed(table, axis)
-    table = table[table["x"].notna()]
-    keys = ["method", "seed", "step"]
-    if table.duplicated(keys).any():
-        diverged = table["value"].isna().groupby([table[key] for key in keys]).any()
-        mean = table.groupby(keys)[["x", "value"]].mean()
-        table = mean.assign(value=mean["value"].mask(diverged)).reset_index()
-    table = table.sort_values(["method", "seed", "x"])
-    x, value = table["x"].to_numpy(dtype=float), table["value"].to_numpy(dtype=float)
-    places = cast("dict[tuple[str, int], npt.NDArray[np.intp]]", table.groupby(["method", "seed"]).indices)
-    return {(str(method), int(seed)): Curve(x[rows], value[rows]) for (method, seed), rows in places.items()}
+    x = own[axis].to_numpy(dtype=float)
+    if np.isnan(x).any():
+        _check_placed(own.assign(x=x), axis)
+        own, x = own[~np.isnan(x)], x[~np.isnan(x)]
+    step, value = own["step"].to_numpy(dtype=float), own["value"].to_numpy(dtype=float)
+    places = cast("dict[tuple[str, int], npt.NDArray[np.intp]]", own.groupby(["method", "seed"]).indices)
+    return {
+        (str(method), int(seed)): _one_curve(step[rows], x[rows], value[rows])
+        for (method, seed), rows in places.items()
+    }
+
+
+def _one_curve(step: FloatArray, x: FloatArray, value: FloatArray) -> Curve:
+    """The measurements of one method and seed, in order; NaN stays in the mean over those of one step."""
+    distinct, place, number = np.unique(step, return_inverse=True, return_counts=True)
+    if len(distinct) < len(step):
+        x, value = (np.bincount(place, each) / number for each in (x, value))
+    order = np.argsort(x, kind="stable")
+    return Curve(x[order], value[order])
 
 
 def _check_placed(table: pd.DataFrame, axis: Axis) -> None:

@@ -33,7 +33,7 @@ from lightning_modules.tracking import records
 
 LATEST = "latest"
 _SHOWN = 12
-_LOADERS = 2
+_LOADERS = 3
 """Runs that are read side by side; each reads its own shards by threads, too."""
 _INFINITY = np.finfo(np.float64).max
 """What MLflow's databases keep in the place of an infinite metric."""

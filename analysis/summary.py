@@ -160,7 +160,7 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
     unfinished = [f"{run.attrs['name']} ({run.attrs['status']})" for run in runs if run.attrs["status"] != "FINISHED"]
     if unfinished:
         found.append(f"Not finished: {', '.join(unfinished)}. Their last values are not final.")
-    manifests = [dataclasses.asdict(RunManifest.from_json(run.attrs["manifest"])) for run in runs]
+    manifests = [vars(RunManifest.from_json(run.attrs["manifest"])) for run in runs]
     methods = ordered(manifest["method"] for manifest in manifests)
     differing = _differing(manifests)
     if differing and len(methods) > 1:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.benchmarks.analysis.tasks import COMPARED, LOGGED, LONG
+from experiments.benchmarks.analysis.tasks import COMPARED, LARGER, LOGGED, LONG
 from experiments.benchmarks.analysis.workloads import METHODS, Plan
 
 Result = dict[str, Any]
@@ -24,19 +24,20 @@ def summarise(plan: Plan, rounds: dict[str, Sequence[Result]]) -> Result:
         plan: What was generated.
         rounds: The results of each task's rounds; tasks that were not measured are absent, and their numbers None.
     """
-    long, compared, logged = (rounds.get(task, []) for task in (LONG, COMPARED, LOGGED))
+    long, compared, larger, logged = (rounds.get(task, []) for task in (LONG, COMPARED, LARGER, LOGGED))
     result: Result = {
         "load_seconds": _median(long, "seconds"),
         "peak_rss_gb": max((each["peak_rss_gb"] for each in long), default=None),
         "compare_100_runs_seconds": _median(compared, "seconds"),
         "speedup_over_metrics": None,
+        "compare_100_larger_runs_seconds": _median(larger, "seconds"),
     }
     if logged:
         metrics, parquet = (statistics.median(logged[0][way]) for way in ("metrics", "parquet"))
         result["speedup_over_metrics"] = metrics / parquet
     result["targets_met"] = {name: result[name] <= most for name, most in TARGETS.items() if result[name] is not None}
     result["import_seconds"] = {
-        task: _median(rounds[task], "import_seconds") for task in (LONG, COMPARED) if task in rounds
+        task: _median(rounds[task], "import_seconds") for task in (LONG, COMPARED, LARGER) if task in rounds
     }
     if long:
         result["load_parts"] = {
@@ -45,6 +46,7 @@ def summarise(plan: Plan, rounds: dict[str, Sequence[Result]]) -> Result:
     result["sizes"] = {
         LONG: plan.long.facts(),
         COMPARED: {"runs": len(METHODS) * plan.seeds, "methods": len(METHODS), **plan.compared.facts()},
+        LARGER: {"runs": len(METHODS) * plan.seeds, "methods": len(METHODS), **plan.larger.facts()},
         LOGGED: plan.logged.facts() | ({name: logged[0][name] for name in ("keys", "values")} if logged else {}),
     }
     result["rounds"] = dict(rounds)
@@ -62,7 +64,7 @@ def _median(rounds: Sequence[Result], name: str) -> float | None:
 
 def table(result: Result) -> str:
     """The result for people."""
-    long, compared, logged = (result["sizes"][task] for task in (LONG, COMPARED, LOGGED))
+    long, compared, larger, logged = (result["sizes"][task] for task in (LONG, COMPARED, LARGER, LOGGED))
     lines = [
         f"One run of {long['steps']:,} steps: {long['sample_losses']:,} sample losses in {long['loss_windows']:,} "
         f"windows of {long['timesteps']:,} timesteps,",
@@ -72,10 +74,8 @@ def table(result: Result) -> str:
         _line("load and reduce", result, "load_seconds", "s"),
         *(f"    {part:28} {seconds:8.2f} s" for part, seconds in result.get("load_parts", {}).items()),
         _line("peak memory", result, "peak_rss_gb", "GB"),
-        f"{compared['runs']} runs of {compared['steps']:,} steps, {compared['gradient_probes']:,} probes of "
-        f"{compared['layers']} layers, {compared['blocks']} blocks x {compared['channels']} channels; "
-        f"{compared['shards']:,} shards a table:",
-        _line("compare", result, "compare_100_runs_seconds", "s"),
+        *_compared(compared, result, "compare_100_runs_seconds"),
+        *_compared(larger, result, "compare_100_larger_runs_seconds"),
         *(f"    {'imports, not counted: ' + task:28} {each:8.2f} s" for task, each in result["import_seconds"].items()),
     ]
     if result["speedup_over_metrics"] is not None:
@@ -84,6 +84,14 @@ def table(result: Result) -> str:
             _line("times faster than metrics", result, "speedup_over_metrics", ""),
         ]
     return "\n".join(lines)
+
+
+def _compared(size: Result, result: Result, name: str) -> list[str]:
+    return [
+        f"{size['runs']} runs of {size['steps']:,} steps, {size['gradient_probes']:,} probes of {size['layers']} "
+        f"layers, {size['blocks']} blocks x {size['channels']} channels; {size['shards']:,} shards a table:",
+        _line("compare", result, name, "s"),
+    ]
 
 
 def _line(label: str, result: Result, name: str, unit: str) -> str:

@@ -6,6 +6,7 @@ object.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import resource
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LONG, COMPARED, LOGGED = "long", "compared", "logged"
+LONG, COMPARED, LARGER, LOGGED = "long", "compared", "larger", "logged"
 """Experiments of the store, and the task that each is for."""
 
 Numbers = dict[str, Any]
@@ -54,7 +55,7 @@ def measure_long(uri: str) -> Numbers:
     return {**numbers, "parts": parts, "peak_rss_gb": peak_rss_bytes() / 1e9}
 
 
-def measure_compared(uri: str) -> Numbers:
+def measure_compared(uri: str, experiment: str = COMPARED) -> Numbers:
     """Compares all runs as ``dtr-lab compare`` does, tables, figures and page included, and logs nothing."""
     numbers: Numbers = {}
     with _timed(numbers, "import_seconds"):
@@ -63,7 +64,7 @@ def measure_compared(uri: str) -> Numbers:
 
     with tempfile.TemporaryDirectory() as out:
         with _timed(numbers, "seconds"):
-            compare(uri, experiment=COMPARED, out=out, log=False)
+            compare(uri, experiment=experiment, out=out, log=False)
         numbers["figures"] = len(list(Path(out).glob("figures/*.png")))
     return {**numbers, "peak_rss_gb": peak_rss_bytes() / 1e9}
 
@@ -133,7 +134,12 @@ def _import(*names: str) -> None:
         importlib.import_module(name)
 
 
-TASKS: dict[str, Callable[..., Numbers]] = {LONG: measure_long, COMPARED: measure_compared, LOGGED: measure_logged}
+TASKS: dict[str, Callable[..., Numbers]] = {
+    LONG: measure_long,
+    COMPARED: measure_compared,
+    LARGER: functools.partial(measure_compared, experiment=LARGER),
+    LOGGED: measure_logged,
+}
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")

@@ -12,6 +12,10 @@ SHARD_SECONDS = 20.0
 """Rows wait this long at most before the real writer puts them into a shard (`lightning_modules.tracking.outbox`)."""
 METHODS = ("baseline", "random", "dtr", "dtr-wide")
 _LAYER_KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+_LAYERS_OUTSIDE = (
+    "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table",
+    "final_layer.adaLN_modulation.1",
+)  # fmt: skip
 _ROUTING = {"dtr": 0.8, "random": 0.8, "dtr-wide": 0.9}
 
 
@@ -80,10 +84,11 @@ class Workload:
     @property
     def layer_names(self) -> list[str]:
         """Names of the layers as in a DiT's state dict, spread over its blocks."""
-        inside = self.layers - 2
+        outside = max(2, self.layers - len(_LAYER_KINDS) * self.blocks)
+        inside = self.layers - outside
         of_block = [place * self.blocks // inside for place in range(inside)]
         names = [f"blocks.{b}.{_LAYER_KINDS[place - of_block.index(b)]}" for place, b in enumerate(of_block)]
-        return ["x_embedder.proj", *names, "final_layer.linear"]
+        return [*_LAYERS_OUTSIDE[: outside - 1], *names, "final_layer.linear"]
 
     def times(self, every: int) -> list[int]:
         """The steps at which something on this schedule is measured."""
@@ -137,12 +142,14 @@ class Plan:
     Attributes:
         long: The training that is loaded and reduced.
         compared: Of each of the runs that are compared.
+        larger: Likewise, of runs with more of everything.
         seeds: Of each method among them.
         logged: What is read from Parquet and, logged as one metric for each number of a step, from MLflow.
     """
 
     long: Workload
     compared: Workload
+    larger: Workload
     seeds: int
     logged: Workload
 
@@ -163,8 +170,23 @@ FULL = Plan(
         blocks=28,
         channels=1152,
     ),
-    # The DiT-S/4 and the checkpoints of experiments/image_folder, at fifty steps a second.
+    # What `dtr-lab demo` trains: experiments/digits with its probes.
     compared=Workload(
+        steps=1_500,
+        batch_size=64,
+        seconds_per_step=0.02,
+        checkpoint_every=500,
+        window=200,
+        validate_every=100,
+        validation_samples=1_188,
+        probe_every=10,
+        activation_every=50,
+        layers=26,
+        blocks=4,
+        channels=64,
+    ),
+    # The DiT-S/4 and the checkpoints of experiments/image_folder, at fifty steps a second.
+    larger=Workload(
         steps=20_000,
         batch_size=256,
         seconds_per_step=0.02,
@@ -213,5 +235,11 @@ def _quick(workload: Workload) -> Workload:
     )
 
 
-QUICK = Plan(_quick(FULL.long), _quick(FULL.compared), 2, dataclasses.replace(_quick(FULL.logged), steps=400))
+QUICK = Plan(
+    _quick(FULL.long),
+    _quick(FULL.compared),
+    _quick(FULL.larger),
+    2,
+    dataclasses.replace(_quick(FULL.logged), steps=400),
+)
 """A few seconds' worth of the same shape: a test that it runs."""

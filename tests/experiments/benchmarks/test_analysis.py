@@ -68,6 +68,7 @@ def test_all_figures_of_the_comparison_are_made(tmp_path, monkeypatch):
     measured = tasks.measure_compared(uri)
     assert compared == ids
     assert measured["figures"] == 1
+    assert tasks.TASKS[tasks.LARGER].keywords == {"experiment": tasks.LARGER}
     assert measured["seconds"] > 0
 
 
@@ -78,20 +79,22 @@ def test_the_sizes_are_those_of_the_issue():
     assert (long["gradient_probes"], long["layers"], long["groups"]) == (2_000, 100, 16)
     compared = FULL.compared.facts()
     assert FULL.seeds * len(workloads.METHODS) == 100
-    assert compared["steps"] == 20_000
-    assert min(compared["gradient_probes"] - 100, compared["layers"] - 50, compared["blocks"] - 12) >= 0
-    for workload in (FULL.long, FULL.compared, QUICK.long):
+    assert (compared["steps"], compared["gradient_probes"], compared["layers"]) == (1_500, 150, 26)
+    larger = FULL.larger.facts()
+    assert larger["steps"] == 20_000
+    assert min(larger["gradient_probes"] - 100, larger["layers"] - 50, larger["blocks"] - 12) >= 0
+    for workload in (FULL.long, FULL.compared, FULL.larger, QUICK.long):
         assert len(set(workload.layer_names)) == workload.layers
 
 
 def test_shards_are_as_long_as_the_writers():
     assert workloads.SHARD_SECONDS == outbox._ROWS_SECONDS
     assert FULL.long.shard_ends()[:2] == [200, 400]
-    ends = FULL.compared.shard_ends()
+    ends = FULL.larger.shard_ends()
     assert ends[:2] == [1000, 2000]
-    early = dataclasses.replace(FULL.compared, checkpoint_every=1500)
+    early = dataclasses.replace(FULL.larger, checkpoint_every=1500)
     assert early.shard_ends()[:5] == [1000, 1500, 2500, 3000, 4000]
-    assert ends[-1] == early.shard_ends()[-1] == FULL.compared.steps
+    assert ends[-1] == early.shard_ends()[-1] == FULL.larger.steps
 
 
 def test_rows_lie_in_the_shard_of_their_step(folder):

@@ -11,7 +11,7 @@ import xarray as xr
 from analysis.gramians import STEP, pool_runs
 from analysis.jackknife import MIN_UNITS
 from analysis.methods import method_name
-from analysis.significance import FALSE_DISCOVERY_RATE, NOISE_NULL, conflict_rate
+from analysis.significance import FALSE_DISCOVERY_RATE, NOISE_NULL, conflict_rate, probe_rate
 
 
 def conflict_sentences(runs: Sequence[xr.Dataset], summary: pd.DataFrame) -> list[str]:
@@ -45,7 +45,7 @@ def conflict_sentences(runs: Sequence[xr.Dataset], summary: pd.DataFrame) -> lis
 def _other_runs(measured: Sequence[xr.Dataset], pooled: tuple[xr.DataArray, xr.DataArray]) -> str:
     if len(measured) == 1:
         return "over the probes of one run, which says nothing about other seeds"
-    error = float(conflict_rate(*pooled, errors="runs")["standard_error"])
+    error = float(probe_rate(*pooled, errors="runs")["standard_error"])
     return f"over probes; ± {error:.3f} over {len(measured)} runs" if error > 0 else "over probes; the same in all runs"
 
 

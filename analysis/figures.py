@@ -33,6 +33,7 @@ from analysis.convergence_figures import (
     speed_up_figure,
 )
 from analysis.forked import forked_map
+from analysis.gramians import with_total
 from analysis.method_channels import method_channels
 from analysis.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
@@ -66,7 +67,8 @@ def drawn_sections(runs: Runs, curves: pd.DataFrame, *, pdf: bool = False) -> li
         figure = maker(usable)
         return title, None if figure is None else figure.drawn(pdf)
 
-    made = forked_map(draw, _planned(runs, curves))
+    # From the end: the last figures take longest, and short ones fill what is left at the end.
+    made = forked_map(draw, _planned(runs, curves)[::-1])[::-1]
     return _sections([(title, figure) for title, figure in made if figure is not None])
 
 
@@ -80,6 +82,7 @@ def _planned(runs: Runs, curves: pd.DataFrame) -> list[tuple[str, Maker, Runs]]:
     channels = method_channels(runs)
     for own in channels.values():
         own.prepare()
+    summed = [with_total(run) if "gramian" in run else run for run in runs]
     makers: dict[str, list[tuple[str, Maker]]] = {
         "Convergence": [
             ("val_loss", lambda _: curves_figure(curves)),
@@ -94,7 +97,7 @@ def _planned(runs: Runs, curves: pd.DataFrame) -> list[tuple[str, Maker, Runs]]:
             ("gramian", conflict_figure),
             ("gramian", raw_vs_corrected_figure),
             ("gramian", lambda usable: conflict_rate_figure(usable, curves)),
-            ("gramian", blocks_figure),
+            ("gramian", lambda _: blocks_figure([run for run in runs if "gramian" in run])),
             ("gramian", update_figure),
             ("gramian", noise_figure),
         ],
@@ -119,5 +122,5 @@ def _planned(runs: Runs, curves: pd.DataFrame) -> list[tuple[str, Maker, Runs]]:
         (title, maker, usable)
         for title, own in makers.items()
         for variable, maker in own
-        if (usable := [run for run in runs if variable in run])
+        if (usable := [run for run in summed if variable in run])
     ]

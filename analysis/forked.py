@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -54,6 +55,8 @@ def _processors() -> int:
 def _begin() -> None:
     # As many processes as processors: threads of their own would only stand in one another's way.
     threadpool_limits(1)
+    # A short life needs no tidying up, and looking at every object would copy what is shared.
+    gc.disable()
 
 
 def _call(place: int) -> Any:

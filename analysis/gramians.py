@@ -226,5 +226,22 @@ def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.Da
 
 def _joined(parts: Sequence[xr.DataArray]) -> xr.DataArray:
     """One after the other along the probes, with the labels of the first; a single one is not copied."""
-    # Comparing the labels of all would take longer than all else.
-    return xr.concat(parts, STEP, join="exact", coords="minimal", compat="override") if len(parts) > 1 else parts[0]
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    # Plain arrays: comparing the labels of all would take longer than all else.
+    axis = first.get_axis_num(STEP)
+    values = np.concatenate([part.transpose(*first.dims).values for part in parts], axis)
+    kept = {name: coord for name, coord in first.coords.items() if STEP not in coord.dims}
+    steps = np.concatenate([part[STEP].values for part in parts])
+    return xr.DataArray(values, {**kept, STEP: steps}, first.dims, first.name, first.attrs)
+
+
+def with_total(run: xr.Dataset) -> xr.Dataset:
+    """The run with one layer, the sum of all: to sum once what many statistics over all parameters need.
+
+    Raises:
+        UserInputError: If it has no gradient probes.
+    """
+    total = run_gramian(run).expand_dims(layer=["all"]).transpose(*run["gramian"].dims)
+    return run.drop_vars(["gramian", "layer"], errors="ignore").assign(gramian=total)

@@ -74,7 +74,8 @@ def interval_convergence(
     methods = [method for method in ordered(curves["method"]) if method != baseline]
     for task, (label, metric) in enumerate(interval_metrics(curves).items()):
         for method in methods:
-            compared = _compare(by_metric[metric], metric, method, baseline, level, axis, share)
+            pair = by_metric[metric][by_metric[metric]["method"].isin([method, baseline])]
+            compared = _compare(pair, metric, method, baseline, level, axis, share)
             rows += [{"method": method, "task": task, "interval": label, "metric": metric, **row} for row in compared]
     table = pd.DataFrame(rows, columns=_COLUMNS)
     table["q_value"] = table.groupby(["method", "quantity"])["p_value"].transform(_adjusted)

@@ -137,3 +137,11 @@ def test_runs_with_different_blocks_are_pooled_over_whole_networks_only(runs):
             gramians.pool_runs([smaller, runs[1]], level)
     pooled, _ = gramians.pool_runs([smaller, runs[1]])
     np.testing.assert_allclose(pooled[0], smaller["gramian"][0].sum("layer", dtype=float))
+
+
+def test_a_run_with_one_layer_has_the_same_total(runs):
+    summed = gramians.with_total(runs[0])
+    assert summed.sizes["layer"] == 1
+    np.testing.assert_array_equal(gramians.run_gramian(summed), gramians.run_gramian(runs[0]))
+    assert set(summed.data_vars) == set(runs[0].data_vars)
+    assert runs[0].sizes["layer"] > 1

@@ -25,9 +25,9 @@ from mlflow.entities import Experiment, Run
 from mlflow.exceptions import MlflowException
 
 from analysis.axes import CURVE_COLUMNS, add_axes
-from analysis.shards import read_manifest
-from analysis.store import explained, locate_store
-from analysis.telemetry import read_telemetry
+from analysis.reading.shards import read_manifest
+from analysis.reading.store import explained, locate_store
+from analysis.reading.telemetry import read_telemetry
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 

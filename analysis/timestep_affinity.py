@@ -23,8 +23,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.panels import ReportFigure
 from analysis.plots.style import DIVERGING, axes_or_new
+from analysis.report.panels import ReportFigure
 
 _SIGNAL_DEVIATIONS = 3.0
 """A gradient's direction is shown if its signal exceeds so many standard deviations of noise alone. At two, as for a

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from rich.console import Console
 
-    from analysis.panels import DrawnFigure
+    from analysis.report.panels import DrawnFigure
     from analysis.summary import Verdict
 
 TABLES_DIR = "tables"
@@ -96,9 +96,9 @@ def compare(
     Raises:
         UserInputError: If the runs cannot be loaded or compared, or ``out`` cannot be written to.
     """
-    from analysis.figures import drawn_sections
     from analysis.frames import curves_frame, interval_losses, runs_frame
-    from analysis.report import render_report
+    from analysis.report.figures import drawn_sections
+    from analysis.report.page import render_report
     from analysis.runs import locate_store
     from analysis.summary import summary_frame, verdict
     from lightning_modules.tracking.store import check_store

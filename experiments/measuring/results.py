@@ -9,8 +9,8 @@ import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
+from analysis.reading.telemetry import read_telemetry
 from analysis.representation import representation_affinity
-from analysis.telemetry import read_telemetry
 from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead, relative_to_own
 from experiments.measuring.record import AffinityRecord
 from lightning_modules.tracking import records

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analysis.panels import ReportFigure
+from analysis.report.panels import ReportFigure
 from experiments.probing.data import ProbeData
 from experiments.probing.subject import Subject
 from lightning_modules.folders import writable_folder

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import conflict, noise, significance
-from analysis.conflict_figures import blocks_figure, conflict_figure, noise_figure, raw_vs_corrected_figure
 from analysis.gramians import STEP, pool_runs
-from analysis.panels import ReportFigure
-from analysis.telemetry import read_telemetry
+from analysis.reading.telemetry import read_telemetry
+from analysis.report.conflict_figures import blocks_figure, conflict_figure, noise_figure, raw_vs_corrected_figure
+from analysis.report.panels import ReportFigure
 from experiments.probing.budget import MIN_BATCHES
 
 _WHOLE_FROM = 10

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.telemetry import read_telemetry
+from analysis.reading.telemetry import read_telemetry
 from lightning_modules.tracking import records
 from lightning_modules.tracking.shards import record_batch, shard_bytes
 from tests.analysis import synthetic

@@ -7,7 +7,7 @@ import pytest
 
 from analysis import frames
 from analysis.axes import CURVE_COLUMNS
-from analysis.telemetry import read_telemetry
+from analysis.reading.telemetry import read_telemetry
 from lightning_modules.tracking import records
 from tests.analysis import synthetic
 

@@ -6,8 +6,8 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from analysis import figures as drawing
 from analysis.axes import CURVE_COLUMNS
+from analysis.report import figures as drawing
 from analysis.runs import load_runs
 from experiments.__main__ import main
 from experiments.compare import compare, print_summary
@@ -156,7 +156,7 @@ def test_runs_that_cannot_be_compared(store, tmp_path):
 
 
 def test_unwritable_output_is_refused_before_any_figure(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("analysis.figures.drawn_sections", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("analysis.report.figures.drawn_sections", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "tables").touch()

@@ -59,7 +59,7 @@ def measure_compared(uri: str, experiment: str = COMPARED) -> Numbers:
     """Compares all runs as ``dtr-lab compare`` does, tables, figures and page included, and logs nothing."""
     numbers: Numbers = {}
     with _timed(numbers, "import_seconds"):
-        _import("analysis.runs", "analysis.report", "experiments.compare", "lightning_modules.tracking.store")
+        _import("analysis.runs", "analysis.report.page", "experiments.compare", "lightning_modules.tracking.store")
     from experiments.compare import compare
 
     with tempfile.TemporaryDirectory() as out:

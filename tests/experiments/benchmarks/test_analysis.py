@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.telemetry import read_telemetry
+from analysis.reading.telemetry import read_telemetry
 from experiments.benchmarks.analysis import report, tasks, workloads
 from experiments.benchmarks.analysis.generate import write_telemetry
 from experiments.benchmarks.analysis.stores import add_runs, log_as_metrics

@@ -10,8 +10,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from analysis.reading.telemetry import read_telemetry
 from analysis.representation import representation_affinity
-from analysis.telemetry import read_telemetry
 from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead
 from experiments.__main__ import main
 from experiments.measuring.measures import probed_timesteps

@@ -11,7 +11,7 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
-from analysis.telemetry import read_telemetry
+from analysis.reading.telemetry import read_telemetry
 from experiments.probing.data import find_data
 from experiments.probing.subject import load_subject
 from lightning_modules.backbones.dit import DiT, DiTConfig

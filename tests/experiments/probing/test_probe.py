@@ -11,8 +11,8 @@ import torch
 from mlflow import MlflowClient
 
 from analysis.gramians import run_gramian
+from analysis.reading.telemetry import read_telemetry
 from analysis.runs import load_runs
-from analysis.telemetry import read_telemetry
 from experiments.probing.data import Batches
 from experiments.probing.intervals import IntervalProbe, build_intervals
 from experiments.probing.summary import read_measured

@@ -18,8 +18,8 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from analysis.row_buffer import RowBuffer
-from analysis.shards import Shard, codes, distinct, list_entries, reduce_shards
+from analysis.reading.row_buffer import RowBuffer
+from analysis.reading.shards import Shard, codes, distinct, list_entries, reduce_shards
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import RunManifest
 

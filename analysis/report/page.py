@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from analysis.methods import method_name, ordered
-from analysis.panels import DrawnFigure, ReportSection
+from analysis.report.panels import DrawnFigure, ReportSection
 from analysis.summary import Verdict, readable
 from lightning_modules.tracking.records import RunManifest
 

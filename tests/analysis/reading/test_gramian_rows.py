@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis import shards
-from analysis.gramian_rows import read_gramians
+from analysis.reading import shards
+from analysis.reading.gramian_rows import read_gramians
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from tests.analysis import synthetic

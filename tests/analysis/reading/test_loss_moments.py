@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import loss_moments, shards
+from analysis.reading import loss_moments, shards
 from lightning_modules.tracking import records
 from tests.analysis import synthetic
 from tests.analysis.synthetic import K, T

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import shards
-from analysis.channel_moments import DEFERRED_MOMENTS, read_activations
-from analysis.telemetry import read_telemetry
+from analysis.reading import shards
+from analysis.reading.channel_moments import DEFERRED_MOMENTS, read_activations
+from analysis.reading.telemetry import read_telemetry
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from tests.analysis import synthetic

@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from analysis.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
-from analysis.channel_figures import (
+from analysis.gramians import with_total
+from analysis.method_channels import method_channels
+from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
+from analysis.report.channel_figures import (
     channel_count_figure,
     channels_figure,
     effective_by_block_figure,
     effective_channels_figure,
     specialisation_figure,
 )
-from analysis.cluster_figures import clusters_figure
-from analysis.conflict_figures import (
+from analysis.report.cluster_figures import clusters_figure
+from analysis.report.conflict_figures import (
     blocks_figure,
     conflict_figure,
     conflict_rate_figure,
@@ -23,7 +25,7 @@ from analysis.conflict_figures import (
     raw_vs_corrected_figure,
     update_figure,
 )
-from analysis.convergence_figures import (
+from analysis.report.convergence_figures import (
     arrivals_figure,
     cost_figure,
     curves_figure,
@@ -32,11 +34,9 @@ from analysis.convergence_figures import (
     intervals_figure,
     speed_up_figure,
 )
-from analysis.forked import forked_map
-from analysis.gramians import with_total
-from analysis.method_channels import method_channels
-from analysis.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
-from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
+from analysis.report.forked import forked_map
+from analysis.report.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
+from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
 
 _CHANNELS = "activation_mean_square"
 Maker = Callable[[Runs], ReportFigure | None]

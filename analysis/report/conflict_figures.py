@@ -8,13 +8,13 @@ import xarray as xr
 
 from analysis import conflict, convergence, frames, gramians, jackknife, noise, significance, update
 from analysis.methods import method_name, ordered, reference_method
-from analysis.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
 from analysis.plots.attenuation import plot_raw_vs_corrected
 from analysis.plots.blocks import plot_block_cosines, plot_block_rates
 from analysis.plots.curves import plot_conflict_rate
 from analysis.plots.matrices import plot_conflict_matrix
 from analysis.plots.style import method_colour
 from analysis.plots.tasks import plot_noise_scale, plot_task_values
+from analysis.report.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
 from lightning_modules.tracking.records import RunManifest
 
 

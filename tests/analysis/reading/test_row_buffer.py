@@ -1,6 +1,6 @@
 import numpy as np
 
-from analysis.row_buffer import RowBuffer
+from analysis.reading.row_buffer import RowBuffer
 
 
 def filled(most, *parts):

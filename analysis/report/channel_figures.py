@@ -11,10 +11,10 @@ import xarray as xr
 from analysis import activations, convergence, frames
 from analysis.method_channels import MethodChannels
 from analysis.methods import method_name
-from analysis.panels import ReportFigure, keep_outer_labels, panels
 from analysis.plots.channel_shares import plot_block_task_shares, plot_specialisation, plot_usage_by_block
 from analysis.plots.channels import plot_channel_usage, plot_mask_use, plot_task_shares
 from analysis.plots.curves import plot_curves
+from analysis.report.panels import ReportFigure, keep_outer_labels, panels
 
 Channels = Mapping[str, MethodChannels]
 _BLOCK_INCHES = 0.3

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import xarray as xr
 
 from analysis.gramians import STEP, gramian_arrays
-from analysis.row_buffer import RowBuffer
-from analysis.shards import Shard, codes, distinct, reduce_shards, stack_lists
+from analysis.reading.row_buffer import RowBuffer
+from analysis.reading.shards import Shard, codes, distinct, reduce_shards, stack_lists
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import RunManifest
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from analysis import activations, affinity, frames, routing_budget
-from analysis.channel_figures import (
+from analysis.method_channels import method_channels
+from analysis.report.channel_figures import (
     channel_count_figure,
     channels_figure,
     effective_by_block_figure,
     effective_channels_figure,
     specialisation_figure,
 )
-from analysis.method_channels import method_channels
-from analysis.routing_figures import channel_overlap_figure, routing_budget_figure
+from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
 from tests.analysis import synthetic
 
 METHODS = ("baseline", "random", "dtr")

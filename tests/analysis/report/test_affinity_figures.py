@@ -9,12 +9,12 @@ import pytest
 import xarray as xr
 
 from analysis import affinity, affinity_measures
-from analysis.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
 from analysis.affinity_measures import NAMES, measured_affinities
 from analysis.agreement import agreement_table, distance_matrix
 from analysis.cluster_count import silhouette_count
-from analysis.cluster_figures import clusters_figure
 from analysis.clustering import affinity_units
+from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
+from analysis.report.cluster_figures import clusters_figure
 from analysis.representation import representation_affinity
 from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, relative_to_own
 from lightning_modules.tracking.records import FINE_TUNING

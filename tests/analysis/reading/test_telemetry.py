@@ -3,7 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.telemetry import read_telemetry
+from analysis.reading.telemetry import read_telemetry
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from tests.analysis import synthetic

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xarray as xr
 
-from analysis.shards import Shard, codes, distinct, reduce_shards
+from analysis.reading.shards import Shard, codes, distinct, reduce_shards
 from lightning_modules.tracking.records import RunManifest
 
 SPLITS = ("train", "val")

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import shards
+from analysis.reading import shards
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from tests.analysis import synthetic

@@ -15,9 +15,9 @@ from analysis.gramians import STEP
 from analysis.grouping import group_by_method
 from analysis.jackknife import MIN_UNITS
 from analysis.methods import method_name, reference_method
-from analysis.panels import ReportFigure, Runs, colour_limit, panels
 from analysis.plots.clusters import plot_cluster_bars, plot_cluster_count, plot_clusters, plot_silhouette
 from analysis.plots.style import method_colour
+from analysis.report.panels import ReportFigure, Runs, colour_limit, panels
 from lightning_modules.tracking.records import RunManifest
 
 _MOST_REPLICATES = 4

@@ -18,10 +18,10 @@ from analysis.interval_convergence import (
     relative_differences,
 )
 from analysis.methods import method_name, ordered, reference_method
-from analysis.panels import ReportFigure, Runs, keep_outer_labels, panels
 from analysis.plots.convergence import plot_arrival_profile, plot_interval_effects, plot_speed_up
 from analysis.plots.curves import plot_curves
 from analysis.plots.intervals import plot_interval_change, plot_interval_loss
+from analysis.report.panels import ReportFigure, Runs, keep_outer_labels, panels
 
 _PARTS = (
     (frames.VAL_LOSS, "all timesteps"),

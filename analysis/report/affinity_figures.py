@@ -12,9 +12,9 @@ from analysis.gramians import STEP
 from analysis.grouping import group_by_method
 from analysis.jackknife import MIN_UNITS
 from analysis.methods import method_name, reference_method
-from analysis.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
 from analysis.plots.affinity import plot_affinity, plot_affinity_film, plot_agreement
 from analysis.plots.matrices import plot_conflict_matrix, plot_overlap
+from analysis.report.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
 
 _MOST_WINDOWS = 6
 _FILM_INCHES = 8.5

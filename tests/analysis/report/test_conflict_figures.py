@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from analysis import conflict, noise, significance, update
-from analysis.conflict_figures import blocks_figure, noise_figure, raw_vs_corrected_figure, update_figure
 from analysis.gramians import pool_runs
 from analysis.jackknife import half_width
+from analysis.report.conflict_figures import blocks_figure, noise_figure, raw_vs_corrected_figure, update_figure
 
 METHODS = ("baseline", "random", "dtr")
 

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from analysis.channel_moments import read_activations
-from analysis.gramian_rows import read_gramians
 from analysis.gramians import task_coordinates
-from analysis.loss_moments import read_losses
-from analysis.measurements import read_representation, read_transfer
-from analysis.shards import Shard, list_shards, read_manifest, reduce_shards
+from analysis.reading.channel_moments import read_activations
+from analysis.reading.gramian_rows import read_gramians
+from analysis.reading.loss_moments import read_losses
+from analysis.reading.measurements import read_representation, read_transfer
+from analysis.reading.shards import Shard, list_shards, read_manifest, reduce_shards
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from lightning_modules.tracking.records import RunManifest

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xarray as xr
 
-from analysis.shards import Shard, codes, stack_lists
+from analysis.reading.shards import Shard, codes, stack_lists
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 from lightning_modules.tracking.records import RunManifest

@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from analysis import convergence_figures as figures
 from analysis.frames import curves_frame
+from analysis.report import convergence_figures as figures
 from tests.analysis.synthetic import DTR_SPEED, K
 
 

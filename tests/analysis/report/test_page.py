@@ -3,9 +3,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from analysis.figures import drawn_sections, report_sections
 from analysis.frames import curves_frame, runs_frame
-from analysis.report import render_report
+from analysis.report.figures import drawn_sections, report_sections
+from analysis.report.page import render_report
 from analysis.summary import Verdict, summary_frame, verdict
 
 VOID = {"meta", "img", "br"}

@@ -9,11 +9,11 @@ import xarray as xr
 from analysis import activations, affinity, grouping, routing_budget
 from analysis.method_channels import MethodChannels
 from analysis.methods import method_name
-from analysis.panels import ReportFigure, keep_outer_labels, panels
 from analysis.plots.channel_shares import plot_routing_budget
 from analysis.plots.channels import plot_channel_frequency
 from analysis.plots.matrices import plot_overlap
 from analysis.plots.style import method_colour
+from analysis.report.panels import ReportFigure, keep_outer_labels, panels
 
 
 def routing_budget_figure(channels: Mapping[str, MethodChannels]) -> ReportFigure:

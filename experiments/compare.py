@@ -97,10 +97,10 @@ def compare(
         UserInputError: If the runs cannot be loaded or compared, or ``out`` cannot be written to.
     """
     from analysis.frames import curves_frame, interval_losses, runs_frame
-    from analysis.report.figures import drawn_sections
+    from analysis.report.figures import drawn_report
     from analysis.report.page import render_report
     from analysis.runs import locate_store
-    from analysis.summary import summary_frame, verdict
+    from analysis.summary import summary_frame
     from lightning_modules.tracking.store import check_store
 
     uri = locate_store(tracking_uri)
@@ -112,9 +112,8 @@ def compare(
         writable_folder(part, "--out")
     table, curves = runs_frame(runs), curves_frame(runs)
     summary = summary_frame(table, curves)
-    said = verdict(runs, summary, curves)
+    said, sections = drawn_report(runs, summary, curves, pdf=pdf)
     said.warnings.extend(left_out)
-    sections = drawn_sections(runs, curves, pdf=pdf)
     title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
     page = render_report(runs, summary, said, table, sections, title=title)
     tables = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pandas as pd
@@ -34,9 +35,10 @@ from analysis.report.convergence_figures import (
     intervals_figure,
     speed_up_figure,
 )
-from analysis.report.forked import forked_map
+from analysis.report.forked import forked_calls
 from analysis.report.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
+from analysis.summary import Verdict, verdict
 
 _CHANNELS = "activation_mean_square"
 Maker = Callable[[Runs], ReportFigure | None]
@@ -53,23 +55,26 @@ def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection[Repo
     return _sections([(title, figure) for title, figure in made if figure is not None])
 
 
-def drawn_sections(runs: Runs, curves: pd.DataFrame, *, pdf: bool = False) -> list[ReportSection[DrawnFigure]]:
-    """`report_sections` as files, made and drawn side by side.
+def drawn_report(
+    runs: Runs, summary: pd.DataFrame, curves: pd.DataFrame, *, pdf: bool = False
+) -> tuple[Verdict, list[ReportSection[DrawnFigure]]]:
+    """`summary.verdict` and `report_sections` as files: what takes longest in a report, side by side.
 
     Args:
         runs: What was compared; all must measure the same intervals.
+        summary: `summary.summary_frame` of it.
         curves: `frames.curves_frame` of it.
         pdf: Whether to draw PDF files, too.
     """
 
-    def draw(task: tuple[str, Maker, Runs]) -> tuple[str, DrawnFigure | None]:
-        title, maker, usable = task
+    def draw(title: str, maker: Maker, usable: Runs) -> tuple[str, DrawnFigure | None]:
         figure = maker(usable)
         return title, None if figure is None else figure.drawn(pdf)
 
     # From the end: the last figures take longest, and short ones fill what is left at the end.
-    made = forked_map(draw, _planned(runs, curves)[::-1])[::-1]
-    return _sections([(title, figure) for title, figure in made if figure is not None])
+    drawing = [functools.partial(draw, *planned) for planned in reversed(_planned(runs, curves))]
+    said, *made = forked_calls([functools.partial(verdict, runs, summary, curves), *drawing])
+    return said, _sections([(title, figure) for title, figure in reversed(made) if figure is not None])
 
 
 def _sections(made: list[tuple[str, AnyFigure]]) -> list[ReportSection[AnyFigure]]:

@@ -9,40 +9,36 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_work: list[tuple[Callable[[Any], Any], Sequence[Any]]] = []
-"""What forked processes are to do: they inherit it, since functions on large data cannot be sent."""
+_work: list[Sequence[Callable[[], Any]]] = []
+"""What forked processes are to do: they inherit it, since functions of large data cannot be sent."""
 
 
-def forked_map(function: Callable[[Item], Result], items: Sequence[Item], processes: int | None = None) -> list[Result]:
-    """``[function(item) for item in items]``, by several processes where the system can fork them without harm (Linux).
+def forked_calls(calls: Sequence[Callable[[], Any]], processes: int | None = None) -> list[Any]:
+    """``[call() for call in calls]``, by several processes where the system can fork them without harm (Linux).
 
     Args:
-        function: Of which only the results are sent between processes; must not use an accelerator.
-        items: What it is called with; the first ones are begun first.
+        calls: Of which only the results are sent between processes; must not use an accelerator. The first ones are
+            begun first.
         processes: How many at most; by default as many as this process may use processors.
 
     Raises:
-        Exception: What the function raises.
+        Exception: What a call raises.
     """
-    most = processes or _processors()
-    if sys.platform != "linux" or min(most, len(items)) < 2:
-        return [function(item) for item in items]
-    _work.append((function, items))
+    number = min(processes or _processors(), len(calls))
+    if sys.platform != "linux" or number < 2:
+        return [call() for call in calls]
+    _work.append(calls)
     try:
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(most, len(items)), context, initializer=_begin) as pool:
+        with ProcessPoolExecutor(number, multiprocessing.get_context("fork"), initializer=_begin) as pool:
             with warnings.catch_warnings():
                 # Python 3.12 warns that another thread may hold a lock for ever after. Those of Arrow and MLflow are
-                # idle here, and the function calls neither.
+                # idle here, and the calls use neither.
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-                results = pool.map(_call, range(len(items)))
+                results = pool.map(_call, range(len(calls)))
             return list(results)
     finally:
         _work.pop()
@@ -60,5 +56,4 @@ def _begin() -> None:
 
 
 def _call(place: int) -> Any:
-    function, items = _work[-1]
-    return function(items[place])
+    return _work[-1][place]()

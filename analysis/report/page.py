@@ -79,9 +79,9 @@ def render_report(
     Args:
         runs: What was compared.
         summary: `summary.summary_frame` of it.
-        said: `summary.verdict` of it.
+        said: `summary.verdict` of it, of `figures.drawn_report`.
         table: `frames.runs_frame` of it.
-        sections: `figures.drawn_sections` of it.
+        sections: of `figures.drawn_report`.
         title: Headline.
     """
     names = ["Summary", *(section.title for section in sections), "Runs", "Settings", "How to read this"]

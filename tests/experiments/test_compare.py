@@ -9,6 +9,7 @@ from rich.console import Console
 from analysis.axes import CURVE_COLUMNS
 from analysis.report import figures as drawing
 from analysis.runs import load_runs
+from analysis.summary import verdict
 from experiments.__main__ import main
 from experiments.compare import compare, print_summary
 from experiments.comparisons import create_comparison
@@ -39,14 +40,14 @@ def few_figures(request, monkeypatch):
     """Draws one figure only, where a test is about other things."""
     if request.node.name == "test_compare_writes_and_logs":
         return
-    sections = drawing.drawn_sections
+    report = drawing.drawn_report
 
-    def few(runs, curves, *, pdf):
+    def few(runs, summary, curves, *, pdf):
         kept = ["val_loss", "val_quarter_loss", "train_loss", "quarter_timesteps"]
         bare = [run[[name for name in kept if name in run]].assign_attrs(run.attrs) for run in runs]
-        return sections(bare, curves, pdf=pdf)
+        return verdict(runs, summary, curves), report(bare, summary, curves, pdf=pdf)[1]
 
-    monkeypatch.setattr(drawing, "drawn_sections", few)
+    monkeypatch.setattr(drawing, "drawn_report", few)
 
 
 def test_compare_writes_and_logs(store, tmp_path):
@@ -156,7 +157,7 @@ def test_runs_that_cannot_be_compared(store, tmp_path):
 
 
 def test_unwritable_output_is_refused_before_any_figure(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("analysis.report.figures.drawn_sections", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("analysis.report.figures.drawn_report", lambda *_, **__: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "tables").touch()

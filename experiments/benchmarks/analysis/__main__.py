@@ -27,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from experiments.benchmarks.analysis.report.page import Result, summarise, table
+from experiments.benchmarks.analysis.report import Result, summarise, table
 from experiments.benchmarks.analysis.stores import add_runs, log_as_metrics
 from experiments.benchmarks.analysis.tasks import COMPARED, LARGER, LOGGED, LONG, TASKS
 from experiments.benchmarks.analysis.workloads import FULL, METHODS, QUICK, Plan

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pytest
 
 from analysis.frames import curves_frame, runs_frame
-from analysis.report.figures import drawn_sections, report_sections
+from analysis.report.figures import drawn_report, report_sections
 from analysis.report.page import render_report
 from analysis.summary import Verdict, summary_frame, verdict
 
@@ -19,8 +19,8 @@ def figures_in(sections):
 def rendered(runs, said=None):
     curves, table = curves_frame(runs), runs_frame(runs)
     summary = summary_frame(table, curves)
-    said = said or verdict(runs, summary, curves)
-    sections = drawn_sections(runs, curves)
+    found, sections = drawn_report(runs, summary, curves)
+    said = said or found
     return render_report(runs, summary, said, table, sections, title="A vs. <B>"), figures_in(sections)
 
 
@@ -107,7 +107,9 @@ def test_one_probe_is_drawn_as_undefined_not_as_zero(runs):
 def test_figures_drawn_side_by_side_are_those_drawn_one_by_one(runs):
     few = runs[:4]
     curves = curves_frame(few)
-    drawn, made = drawn_sections(few, curves, pdf=True), report_sections(few, curves)
+    summary = summary_frame(runs_frame(few), curves)
+    (said, drawn), made = drawn_report(few, summary, curves, pdf=True), report_sections(few, curves)
+    assert said == verdict(few, summary, curves)
     assert [section.title for section in drawn] == [section.title for section in made]
     expected = {figure.name: figure for figure in figures_in(made)}
     assert [figure.name for figure in figures_in(drawn)] == list(expected)

@@ -250,6 +250,8 @@ def area_under_curve(
 
 
 def _mean_between(curve: Curve, low: float, high: float, log_axis: bool) -> float:
+    if log_axis and low <= 0:
+        raise ValueError(f"a logarithmic axis cannot begin at {low:g}: leave out the measurement there")
     if low == high:
         return float(np.interp(low, *curve))
     x = np.concatenate([[low], curve.x[(curve.x > low) & (curve.x < high)], [high]])
@@ -269,11 +271,18 @@ def area_difference(
 ) -> tuple[pd.Series, Interval]:
     """Area of a method minus the baseline's with the same seed, as `paired_difference`; negative is better.
 
-    Other methods' runs have no say in the budget (see `area_under_curve`).
+    Each pair is compared over what both of its runs measured, so a run that ended early shortens its own pair alone;
+    pairs without a common stretch are left out, as in `paired_values`.
     """
-    chosen = curves[curves["method"].isin([method, baseline])]
-    areas = area_under_curve(chosen, metric, axis, log_axis=log_axis)
-    by_seed = areas.pivot(index="seed", columns="method", values="area").reindex(columns=[method, baseline])
-    paired = areas.groupby("seed")["method"].nunique().reindex(by_seed.index) == 2
-    difference = (by_seed[method] - by_seed[baseline])[paired]
-    return difference, mean_interval(difference.to_numpy(), level)
+    found = seed_curves(curves, metric, axis)
+    differences = {}
+    for name, seed in found:
+        if name != method or (baseline, seed) not in found:
+            continue
+        pair = found[method, seed], found[baseline, seed]
+        low, high = max(curve.x[0] for curve in pair), min(curve.x[-1] for curve in pair)
+        if low <= high:
+            own, reference = (_mean_between(curve, low, high, log_axis) for curve in pair)
+            differences[seed] = own - reference
+    difference = pd.Series(differences, dtype=float, name="area").rename_axis("seed")
+    return difference, mean_interval(list(differences.values()), level)

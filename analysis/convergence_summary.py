@@ -170,8 +170,8 @@ def _area_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
         return ""
     resolved = "" if interval.excludes_zero and interval.count >= ENOUGH_TO_CLAIM else ", not resolved"
     return (
-        f"Averaged over the whole training, the loss of {method_name(method)} is {abs(interval.estimate):.3g} "
-        f"{_side(interval)} than that of {method_name(reference)} [{interval.low:+.3g}, {interval.high:+.3g}]"
+        f"Averaged over training, as far as both were measured, the loss of {method_name(method)} is "
+        f"{abs(interval.estimate):.3g} {_side(interval)} than that of {method_name(reference)} [{interval.low:+.3g}, {interval.high:+.3g}]"
         f"{resolved}."
     )
 

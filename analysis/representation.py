@@ -101,17 +101,18 @@ def _cka(hsic: xr.DataArray) -> xr.DataArray:
 
 
 def _by_task(cka: xr.DataArray, manifest: RunManifest) -> xr.DataArray:
-    """Mean over the pairs of different timesteps of each two intervals: (..., task, other_task)."""
+    """Mean over the defined pairs of different timesteps of each two intervals: (..., task, other_task)."""
     bounds = manifest.interval_bounds
     task = np.searchsorted(bounds, cka[_TIMES[0]].values, side="right") - 1
     count = len(bounds) - 1
     member = np.zeros((count, len(task)))
     member[task, np.arange(len(task))] = 1.0
-    different = 1.0 - np.eye(len(task))
     lead = [dim for dim in cka.dims if dim not in _TIMES]
     values = cka.transpose(*lead, *_TIMES).values
-    pairs = member @ different @ member.T
-    sums = member @ (np.where(different > 0, values, 0.0)) @ member.T
+    # A timestep at which a block does nothing has no CKA; the others of its interval still have theirs.
+    known = np.isfinite(values) & ~np.eye(len(task), dtype=bool)
+    pairs = member @ known.astype(float) @ member.T
+    sums = member @ np.where(known, values, 0.0) @ member.T
     alone = np.eye(count, dtype=bool) & (member.sum(1) == 1)
     mean = np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0)
     mean = np.where(alone, 1.0, mean)

@@ -87,12 +87,23 @@ def _paired_losses(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Datase
             f"no seed has both a shared run (there are {sorted(by_seed) or 'none'}) and a specialist of each of "
             f"{tasks} tasks (there are, by seed: {have}): train them with `dtr-lab specialists`"
         )
+    _check_equally_long(shared, specialists, seeds)
     together = xr.concat([by_seed[seed] for seed in seeds], pd.Index(seeds, name="seed"))
     single = xr.concat(
         [xr.concat([alone[seed][task] for task in range(tasks)], "task") for seed in seeds], together["seed"]
     )
     own = {name: coord for name, coord in shared[0].coords.items() if coord.dims == ("task",)}
     return xr.Dataset({"alone": single, "shared": together}).assign_coords(own)
+
+
+def _check_equally_long(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset], seeds: Sequence[int]) -> None:
+    compared = [run for run in (*shared, *specialists) if "val_loss" in run and run.attrs["seed"] in seeds]
+    ends = sorted({int(run["val_step"][-1]) for run in compared})
+    if len(ends) > 1:
+        raise UserInputError(
+            f"shared runs and specialists end at different steps {ends}, so their losses say nothing about sharing: "
+            "train both equally long (`dtr-lab specialists --set trainer.max_steps=N`)"
+        )
 
 
 def _final(run: xr.Dataset) -> xr.DataArray:

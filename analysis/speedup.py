@@ -72,8 +72,8 @@ def speed_up_bounds(reached: pd.DataFrame, method: str, baseline: str = "baselin
         baseline: What it is compared with.
         level: Confidence level.
 
-    Raises:
-        ValueError: If a run has arrived at position 0, where no ratio exists: the threshold is too high.
+    Returns:
+        A pair in which a run has arrived at position 0 already, where no ratio exists, is left open from 0 to infinity.
     """
     return _compared(_pairs(reached, method, baseline), level)
 
@@ -92,11 +92,9 @@ def _pairs(reached: pd.DataFrame, method: str, baseline: str) -> Pairs:
 
 
 def _compared(pairs: Pairs, level: float) -> SpeedUp:
-    if any(arrival.arrived and arrival.step <= 0 for pair in pairs.values() for arrival in pair):
-        raise ValueError("a run is at the threshold from the start, where no speed-up exists: choose a lower threshold")
-    low = [_ratio(own, other) if own.arrived else 0.0 for own, other in pairs.values()]
-    high = [_ratio(own, other) if other.arrived else np.inf for own, other in pairs.values()]
-    ratios = pd.DataFrame({"low": low, "high": high}, index=pd.Index(list(pairs), name="seed"), dtype=float)
+    bounds = [_bounds(own, other) for own, other in pairs.values()]
+    seeds = pd.Index(list(pairs), name="seed")
+    ratios = pd.DataFrame(bounds, columns=["low", "high"], index=seeds, dtype=float)
     determined = ratios["low"] == ratios["high"]
     if determined.all():
         interval = geometric_mean_interval(ratios["low"].to_numpy(), level)
@@ -106,6 +104,12 @@ def _compared(pairs: Pairs, level: float) -> SpeedUp:
         logs = ratios.transform(np.log)
     mean, median = np.exp(logs.mean()), np.exp(logs.median())
     return SpeedUp(ratios, interval, (mean["low"], mean["high"]), (median["low"], median["high"]))
+
+
+def _bounds(own: Arrival, other: Arrival) -> tuple[float, float]:
+    if any(arrival.arrived and arrival.step <= 0 for arrival in (own, other)):
+        return 0.0, np.inf
+    return _ratio(own, other) if own.arrived else 0.0, _ratio(own, other) if other.arrived else np.inf
 
 
 def _ratio(own: Arrival, other: Arrival) -> float:

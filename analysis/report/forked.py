@@ -35,8 +35,8 @@ def forked_calls(calls: Sequence[Callable[[], Any]], processes: int | None = Non
     try:
         with ProcessPoolExecutor(number, multiprocessing.get_context("fork"), initializer=_begin) as pool:
             with warnings.catch_warnings():
-                # Python 3.12 warns that another thread may hold a lock for ever after. Those of Arrow and MLflow are
-                # idle here, and the calls use neither.
+                # Python 3.12 warns that another thread may hold a lock for ever after. Arrow takes care of its threads
+                # when it is forked, and those of MLflow are idle here.
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
                 results = pool.map(_call, range(len(calls)))
             return list(results)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -163,7 +164,7 @@ def _readable_runs(table: pd.DataFrame) -> pd.DataFrame:
     shown = table[["name", "method", "seed", "status", "step", "val_loss", "low_noise", "high_noise", "conflict_rate"]]
     shown = shown.assign(method=shown["method"].map(method_name), run=table["run"].str[:8])
     for column in ("val_loss", "low_noise", "high_noise", "conflict_rate"):
-        shown[column] = shown[column].map("{:.4g}".format)
+        shown[column] = shown[column].map(lambda value: f"{value:.4g}" if np.isfinite(value) else "not measured")
     return shown.rename(columns=lambda name: name.replace("_", " "))
 
 

@@ -9,8 +9,10 @@ import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
+from analysis.affinity import significant_cells
 from analysis.reading.telemetry import read_telemetry
 from analysis.representation import representation_affinity
+from analysis.significance import FALSE_DISCOVERY_RATE
 from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead, relative_to_own
 from experiments.measuring.record import AffinityRecord
 from lightning_modules.tracking import records
@@ -83,7 +85,7 @@ def _print_matrix(matrix: xr.DataArray, title: str, console: Console) -> None:
 
 
 def _sentences(run: xr.Dataset, matrix: xr.DataArray, measure: str, step: int) -> list[str]:
-    values, error = matrix.values, matrix["standard_error"].values
+    values = matrix.values
     off = ~np.eye(len(values), dtype=bool)
     if measure == REPRESENTATION:
         near = np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values)))) == 1
@@ -91,12 +93,12 @@ def _sentences(run: xr.Dataset, matrix: xr.DataArray, measure: str, step: int) -
             f"Representations of neighbouring intervals have a CKA of {np.nanmean(values[near]):.2f}, of the outermost "
             f"two {values[0, -1]:.2f}."
         ]
-    certain = np.abs(values) > 2 * error
+    certain = significant_cells(matrix).values
     helped, harmed = int((off & certain & (values > 0)).sum()), int((off & certain & (values < 0)).sum())
     name = "A step" if measure == LOOK_AHEAD else f"Fine-tuning for {int(run['fine_tuning_updates'][-1])} updates"
     said = [
         f"{name} on one interval helps another in {helped} of {int(off.sum())} ordered pairs and harms it in {harmed} "
-        "(beyond two standard errors)."
+        f"(false discovery rate {100 * FALSE_DISCOVERY_RATE:.0f} %)."
     ]
     if measure == LOOK_AHEAD and run["look_ahead_predicted"].notnull().any():
         first = predicted_look_ahead(run, step=step).values

@@ -260,6 +260,21 @@ def test_area_differences_are_paired_and_of_two_methods_only():
     assert convergence.area_difference(frame, "loss/val", "absent")[1].count == 0
 
 
+def test_a_run_that_ended_early_shortens_its_own_pair_alone():
+    frame = curves(baseline_0=[4, 3, 2, 1], dtr_0=[3, 2, 1, 0], baseline_1=[8, 6, 4, 2], dtr_1=[7, 5])
+    difference, _ = convergence.area_difference(frame, "loss/val", "dtr")
+    assert difference.tolist() == pytest.approx([-1, -1])  # (7 + 5) / 2 - (8 + 6) / 2
+    late = frame.assign(step=frame["step"].where((frame["method"] != "dtr") | (frame["seed"] != 1), 10_000))
+    assert convergence.area_difference(late, "loss/val", "dtr")[0].index.tolist() == [0]
+
+
+def test_a_logarithmic_axis_has_no_zero():
+    frame = curves(baseline_0=[4, 3, 2], dtr_0=[3, 2, 1])
+    frame["step"] -= frame["step"].min()
+    with pytest.raises(ValueError, match="cannot begin at 0"):
+        convergence.area_under_curve(frame, "loss/val", log_axis=True)
+
+
 @pytest.mark.parametrize("statistic", ["difference", "area"])
 def test_paired_intervals_cover(statistic):
     """Runs share what their seed brings, which is larger than the effect; five pairs give honest 95 % intervals."""

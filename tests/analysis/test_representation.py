@@ -56,6 +56,21 @@ def test_one_timestep_of_an_interval_is_like_itself_and_none_is_unknown(tmp_path
     assert found[:, 4].isnull().all()
 
 
+def test_a_timestep_without_a_representation_leaves_the_others_of_its_interval(tmp_path):
+    hsic = psd(0)
+    silent = hsic.copy()
+    silent[2], silent[:, 2] = 0.0, 0.0  # the first timestep of interval 1
+    kept = [i for i in range(M) if i != 2]
+    rows = [representation_rows({"blocks.0": silent, "blocks.1": silent}, TIMES)]
+    found = representation_affinity(run_with(tmp_path / "silent", representations=rows))
+    less = [
+        representation_rows({name: hsic[np.ix_(kept, kept)] for name in synthetic.CHANNELS}, [TIMES[i] for i in kept])
+    ]
+    expected = representation_affinity(run_with(tmp_path / "less", representations=less))
+    off = ~np.eye(K, dtype=bool)
+    np.testing.assert_allclose(found.values[off], expected.values[off])
+
+
 def test_the_error_is_the_jackknifes_over_batches(tmp_path):
     rng = np.random.default_rng(3)
     batches = [psd(0) * rng.uniform(0.8, 1.2) + 0.1 * np.diag(rng.uniform(0, 1, M)) for _ in range(5)]

@@ -65,12 +65,14 @@ def test_bounds_hold_whatever_the_hidden_times_are():
         assert np.isfinite(speed.interval.estimate) == complete
 
 
-def test_only_seeds_of_both_count_and_a_threshold_of_the_start_is_refused():
+def test_only_seeds_of_both_count_and_a_threshold_of_the_start_leaves_the_ratio_open():
     table = reached([90, 80], [45])
     assert speed_up_bounds(table, "dtr").ratios.index.tolist() == [0]
     assert speed_up(table, "absent")[0].empty
-    with pytest.raises(ValueError, match="choose a lower threshold"):
-        speed_up_bounds(reached([0.0], [0.0]), "dtr")
+    for there in ([0.0], [0.0]), ([50.0], [0.0]), ([0.0], [50.0]):
+        open_pair = speed_up_bounds(reached(*there), "dtr")
+        assert open_pair.ratios.to_numpy().tolist() == [[0, np.inf]]
+        assert np.isnan(open_pair.interval.estimate)
     nothing = speed_up_bounds(reached([90], [None], budget=0.0), "dtr")  # ended before its first step
     assert nothing.ratios.to_numpy().tolist() == [[0, np.inf]]
 

@@ -171,8 +171,8 @@ def _area_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
     resolved = "" if interval.excludes_zero and interval.count >= ENOUGH_TO_CLAIM else ", not resolved"
     return (
         f"Averaged over training, as far as both were measured, the loss of {method_name(method)} is "
-        f"{abs(interval.estimate):.3g} {_side(interval)} than that of {method_name(reference)} [{interval.low:+.3g}, {interval.high:+.3g}]"
-        f"{resolved}."
+        f"{abs(interval.estimate):.3g} {_side(interval)} than that of {method_name(reference)} "
+        f"[{interval.low:+.3g}, {interval.high:+.3g}]{resolved}."
     )
 
 

@@ -163,8 +163,10 @@ def _figure(figure: DrawnFigure) -> str:
 def _readable_runs(table: pd.DataFrame) -> pd.DataFrame:
     shown = table[["name", "method", "seed", "status", "step", "val_loss", "low_noise", "high_noise", "conflict_rate"]]
     shown = shown.assign(method=shown["method"].map(method_name), run=table["run"].str[:8])
-    for column in ("val_loss", "low_noise", "high_noise", "conflict_rate"):
-        shown[column] = shown[column].map(lambda value: f"{value:.4g}" if np.isfinite(value) else "not measured")
+    # The words of `summary.readable`: all runs here were validated, so a loss that is no number diverged.
+    unknown = dict.fromkeys(("val_loss", "low_noise", "high_noise"), "diverged") | {"conflict_rate": "not measured"}
+    for column, word in unknown.items():
+        shown[column] = [f"{value:.4g}" if np.isfinite(value) else word for value in shown[column]]
     return shown.rename(columns=lambda name: name.replace("_", " "))
 
 

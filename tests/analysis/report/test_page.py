@@ -126,3 +126,12 @@ def test_runs_without_probes_have_fewer_figures(runs):
     names = {figure.name for figure in figures}
     assert {"validation_loss", "interval_loss"} <= names
     assert names.isdisjoint(MEASURED_BY_PROBES)
+
+
+def test_a_diverged_loss_is_called_so_and_a_rate_without_probes_not(runs):
+    table = runs_frame(runs[:1]).assign(val_loss=float("nan"), conflict_rate=float("nan"))
+    summary = summary_frame(runs_frame(runs[:1]), curves_frame(runs[:1]))
+    html = render_report(runs[:1], summary, Verdict([], []), table, [], title="A")
+    row = html[html.index('id="runs"') : html.index('id="settings"')]
+    assert row.count("<td>diverged</td>") == 1
+    assert row.count("<td>not measured</td>") == 1

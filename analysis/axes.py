@@ -17,6 +17,8 @@ Axis = Literal["step", "samples", "seconds", "flops"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 CURVE_COLUMNS = ["run", "method", "seed", *AXES, "metric", "value"]
 
+FloatArray = npt.NDArray[np.float64]
+
 _CURES = {
     "seconds": "its training time was not measured (runs of earlier versions), or it stopped before it was first "
     "written: train it again",
@@ -33,11 +35,10 @@ class Curve(NamedTuple):
         value: (N,); NaN where the run had diverged.
     """
 
-    x: npt.NDArray[np.float64]
-    value: npt.NDArray[np.float64]
+    x: FloatArray
+    value: FloatArray
 
 
-FloatArray = npt.NDArray[np.float64]
 SeedCurves = dict[tuple[str, int], Curve]
 """The curves of one metric by (method, seed)."""
 
@@ -114,6 +115,15 @@ def seed_curves(curves: pd.DataFrame, metric: str, axis: Axis = "step") -> SeedC
     return {
         (str(method), int(seed)): _one_curve(step[rows], x[rows], value[rows])
         for (method, seed), rows in places.items()
+    }
+
+
+def paired_curves(found: SeedCurves, method: str, baseline: str) -> dict[int, tuple[Curve, Curve]]:
+    """The curves of a method and of the baseline, by the seeds that both have."""
+    return {
+        seed: (curve, found[baseline, seed])
+        for (name, seed), curve in found.items()
+        if name == method and (baseline, seed) in found
     }
 
 

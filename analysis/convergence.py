@@ -8,7 +8,7 @@ to a threshold are in `arrivals`, speed-ups in `speedup`; both can be had from h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.integrate import trapezoid
 
 from analysis.arrivals import Arrival, arrival_profile, arrivals, median_arrivals, steps_to_baseline, steps_to_threshold
-from analysis.axes import Axis, Curve, SeedCurves, final_values, seed_curves
+from analysis.axes import Axis, Curve, SeedCurves, final_values, paired_curves, seed_curves
 from analysis.methods import ordered
 from analysis.speedup import SpeedUp, speed_up, speed_up_bounds, speed_up_curve
 from analysis.uncertainty import FEW_SEEDS, FloatArray, Interval, bootstrap_mean, mean_interval, proportion_interval
@@ -164,14 +164,10 @@ def paired_values(
     Returns:
         Index seed (those that both have, and whose curves overlap), columns own and reference; NaN if diverged.
     """
-    found = seed_curves(curves, metric, axis)
     rows = {}
-    for name, seed in found:
-        if name != method or (baseline, seed) not in found:
-            continue
-        pair = found[method, seed], found[baseline, seed]
-        budget = min(curve.x[-1] for curve in pair)
-        if budget >= max(curve.x[0] for curve in pair):
+    for seed, pair in paired_curves(seed_curves(curves, metric, axis), method, baseline).items():
+        begin, budget = _common_stretch(pair)
+        if begin <= budget:
             rows[seed] = [float(np.interp(budget, *curve)) for curve in pair]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["own", "reference"]).rename_axis("seed")
 
@@ -237,8 +233,7 @@ def area_under_curve(
     found = seed_curves(curves, metric, axis)
     if not found:
         return pd.DataFrame(columns=["method", "seed", "area"])
-    low = max(curve.x[0] for curve in found.values())
-    shortest = min(curve.x[-1] for curve in found.values())
+    low, shortest = _common_stretch(found.values())
     high = shortest if budget is None else budget
     if not low <= high <= shortest:
         raise ValueError(
@@ -247,6 +242,11 @@ def area_under_curve(
         )
     rows = [(*key, _mean_between(curve, low, high, log_axis)) for key, curve in found.items()]
     return pd.DataFrame(rows, columns=["method", "seed", "area"])
+
+
+def _common_stretch(curves: Collection[Curve]) -> tuple[float, float]:
+    """From where all have begun to where the first one ends; the wrong way round if they have nothing in common."""
+    return max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
 
 
 def _mean_between(curve: Curve, low: float, high: float, log_axis: bool) -> float:
@@ -274,13 +274,9 @@ def area_difference(
     Each pair is compared over what both of its runs measured, so a run that ended early shortens its own pair alone;
     pairs without a common stretch are left out, as in `paired_values`.
     """
-    found = seed_curves(curves, metric, axis)
     differences = {}
-    for name, seed in found:
-        if name != method or (baseline, seed) not in found:
-            continue
-        pair = found[method, seed], found[baseline, seed]
-        low, high = max(curve.x[0] for curve in pair), min(curve.x[-1] for curve in pair)
+    for seed, pair in paired_curves(seed_curves(curves, metric, axis), method, baseline).items():
+        low, high = _common_stretch(pair)
         if low <= high:
             own, reference = (_mean_between(curve, low, high, log_axis) for curve in pair)
             differences[seed] = own - reference

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import xarray as xr
 
 from analysis import grouping
-from analysis.activations import STEP, Site, channel_usage, late_energy, used_channels
-from analysis.routing_budget import mask_use
+from analysis.activations import STEP, Site, channel_usage, late_energy
+from analysis.routing_budget import mask_use, used_part
 
 
 class MethodChannels:
@@ -57,8 +57,7 @@ class MethodChannels:
     @functools.cached_property
     def measured(self) -> xr.DataArray:
         """`routing_budget.measured_use` of each run: (run, block, task, channel)."""
-        energy = self.energy()
-        return self.allowed.where(used_channels(energy), 0.0).where(energy.notnull())
+        return used_part(self.allowed, self.energy())
 
     def prepare(self) -> None:
         """Computes what most figures need, before processes are forked that would each compute it."""

@@ -67,8 +67,12 @@ def measured_use(run: xr.Dataset, *, share: float = USED_SHARE) -> xr.DataArray:
     Raises:
         UserInputError: If the run has no probes of channels.
     """
-    energy = pooled_energy(run)
-    use = mask_use(run).where(used_channels(energy, share), 0.0).where(energy.notnull())
+    return used_part(mask_use(run), pooled_energy(run), share=share)
+
+
+def used_part(allowed: xr.DataArray, energy: xr.DataArray, *, share: float = USED_SHARE) -> xr.DataArray:
+    """`measured_use` from `mask_use` and energies, both (..., task, channel)."""
+    use = allowed.where(used_channels(energy, share), 0.0).where(energy.notnull())
     return use.rename("measured use").assign_attrs(long_name="share of the timesteps at which a channel is used")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.arrivals import Arrival, arrival_axis, steps_to_threshold
-from analysis.axes import Axis, SeedCurves, seed_curves
+from analysis.axes import Axis, Curve, paired_curves, seed_curves
 from analysis.uncertainty import Interval, geometric_mean_interval
 
 Pairs = dict[int, tuple[Arrival, Arrival]]
@@ -146,13 +146,11 @@ def speed_up_curve(
         not determined); arrived and pairs. Empty without a common seed, or if the method starts below where the
         baseline ends.
     """
-    found = seed_curves(curves, metric, axis)
-    seeds = [seed for name, seed in found if name == method and (baseline, seed) in found]
+    curves_of_seeds = paired_curves(seed_curves(curves, metric, axis), method, baseline)
     rows = []
-    for position in _positions(found, seeds, method, baseline, points):
+    for position in _positions(list(curves_of_seeds.values()), points):
         pairs, thresholds = {}, []
-        for seed in seeds:
-            own, other = found[method, seed], found[baseline, seed]
+        for seed, (own, other) in curves_of_seeds.items():
             thresholds.append(threshold := float(np.interp(position, *other)))
             pairs[seed] = steps_to_threshold(*own, threshold), steps_to_threshold(*other, threshold)
         speed = _compared(pairs, level)
@@ -164,13 +162,13 @@ def speed_up_curve(
     return pd.DataFrame(rows, columns=["method", axis, *numbers])
 
 
-def _positions(found: SeedCurves, seeds: list[int], method: str, baseline: str, points: int) -> list[float]:
+def _positions(pairs: list[tuple[Curve, Curve]], points: int) -> list[float]:
     """Positions of the baseline, from where it is below the first measurement of the method in every seed."""
-    if not seeds:
+    if not pairs:
         return []
-    begun = [steps_to_threshold(*found[baseline, seed], found[method, seed].value[0]) for seed in seeds]
-    start = max([arrival.step for arrival in begun] + [found[baseline, seed].x[0] for seed in seeds])
-    end = min(found[baseline, seed].x[-1] for seed in seeds)
+    begun = [steps_to_threshold(*other, own.value[0]) for own, other in pairs]
+    start = max([arrival.step for arrival in begun] + [other.x[0] for _, other in pairs])
+    end = min(other.x[-1] for _, other in pairs)
     if not all(arrival.arrived for arrival in begun) or start >= end:
         return []
     return np.linspace(start, end, points).tolist()

@@ -68,8 +68,10 @@ def channel_overlap_figure(channels: Mapping[str, MethodChannels]) -> ReportFigu
     figure, axes = panels(3, len(channels), height=3.7, square=True)
     for column, (method, own) in enumerate(channels.items()):
         name, last = method_name(method), column == len(channels) - 1
-        masks = grouping.mean_over_runs([_mask_overlap(run) for run in own.runs])
-        words = "masks" if own.routed else "no mask"
+        if own.routed:
+            masks, words = grouping.mean_over_runs([affinity.mask_overlap(run) for run in own.runs]), "masks"
+        else:
+            masks, words = activations.active_overlap(own.allowed), "no mask"
         plot_overlap(masks, title=f"{name}: {words}", colorbar=last, ax=axes[0][column])
         used = activations.active_overlap(own.energy())
         plot_overlap(used, title=f"{name}: channels in use", colorbar=last, ax=axes[1][column])
@@ -86,11 +88,6 @@ def channel_overlap_figure(channels: Mapping[str, MethodChannels]) -> ReportFigu
         "(top) carry their energy in different channels (bottom) more than those of the plain model do.",
         figure,
     )
-
-
-def _mask_overlap(run: xr.Dataset) -> xr.DataArray:
-    """`affinity.mask_overlap`, 1 everywhere for a plain run."""
-    return affinity.mask_overlap(run) if "mask" in run else activations.active_overlap(routing_budget.mask_use(run))
 
 
 def _budget(use: xr.DataArray) -> xr.Dataset:

@@ -83,6 +83,15 @@ def test_ddim_reaches_the_data_distribution(target: str, schedule: str, eta: flo
     assert_gaussian(samples, MEAN, STD, 0.02)
 
 
+def assert_same_chain(samples: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal up to ``tolerance`` of the largest element.
+
+    A chain that predicts epsilon with random weights grows to 4e5, where a small element is the difference of large
+    ones: which of its digits survive depends on the processor.
+    """
+    torch.testing.assert_close(samples, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
 def arbitrary_model(diffusion: GaussianDiffusion, channels: int = 2) -> DiT:
     """A DiT with random weights in every layer, of 3 classes."""
     learn_sigma = diffusion.config.variance == "learned_range"
@@ -109,7 +118,7 @@ def test_full_chain_is_the_reverse_process_step_by_step(variance: str, target: s
                 x = x + torch.exp(0.5 * posterior.log_variance) * torch.randn(x.shape, generator=generator)
     arguments = {"steps": 20, "clip_sample": clip_sample}
     samples = sample(model, diffusion, (3, 2, 4, 4), y=y, **arguments, generator=seeded())
-    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)
+    assert_same_chain(samples, x, 1e-5)
 
 
 @pytest.mark.parametrize("target", ["epsilon", "x0", "v"])
@@ -132,7 +141,7 @@ def test_respaced_ddim_is_its_formula(target: str, clip_sample: bool) -> None:
             x = left.sqrt() * x0 + (1 - left).sqrt() * epsilon
     arguments = {"steps": 7, "method": "ddim", "clip_sample": clip_sample}
     samples = sample(model, diffusion, (3, 2, 4, 4), y=y, **arguments, generator=seeded())
-    torch.testing.assert_close(samples, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
+    assert_same_chain(samples, x, 1e-3)
 
 
 def test_ddim_with_full_noise_is_ancestral_sampling() -> None:
@@ -143,7 +152,7 @@ def test_ddim_with_full_noise_is_ancestral_sampling() -> None:
         sample(model, diffusion, (3, 2, 4, 4), y=y, steps=12, method=method, eta=eta, generator=seeded())
         for method, eta in (("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.5))
     )
-    torch.testing.assert_close(full, ancestral, rtol=1e-3, atol=1e-3)
+    assert_same_chain(full, ancestral, 1e-5)
     assert not torch.allclose(half, full, rtol=1e-1, atol=1e-1)
 
 

@@ -60,7 +60,12 @@ def gradient_affinity(
 
 
 def tag_affinity(
-    runs: Runs, learning_rate: float | xr.DataArray, *, level: Level = "total", errors: Errors = "probes"
+    runs: Runs,
+    learning_rate: float | xr.DataArray,
+    *,
+    relative: bool = False,
+    level: Level = "total",
+    errors: Errors = "probes",
 ) -> xr.DataArray:
     """Task affinity grouping to first order: the share of a task's loss that a step on another removes.
 
@@ -70,6 +75,8 @@ def tag_affinity(
     Args:
         runs: With gradient probes.
         learning_rate: Of plain gradient descent; one number or one for every probe (gradient_step).
+        relative: Whether to tell effects as shares of what a step on the affected task itself does: 1 on the diagonal,
+            one scale for all columns. NaN in the columns of tasks whose gradient cannot be told from noise.
         level: Over all parameters, or the part that each block or layer contributes.
         errors: Over probes (of these networks), or over runs.
 
@@ -84,9 +91,10 @@ def tag_affinity(
     rate = learning_rate
     if isinstance(rate, xr.DataArray):  # steps occur once in every run, so they are no index to align on
         rate = xr.DataArray(rate.sel({STEP: gramian[STEP].values}).values, dims=STEP)
-    found = first_order_tag(gramian, count, loss, rate, errors=errors)
+    found = first_order_tag(gramian, count, loss, rate, relative=relative, errors=errors)
     matrix = _with_error(found, "affinity", "TAG affinity")
-    return matrix.assign_attrs(long_name="relative decrease of the loss", directed=True)
+    said = "help relative to its own" if relative else "relative decrease of the loss"
+    return matrix.assign_attrs(long_name=said, directed=True)
 
 
 def affinity_film(

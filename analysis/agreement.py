@@ -11,7 +11,7 @@ How matrices are compared:
   then made symmetric (the mean of both directions), since an undirected one can agree with nothing else of it.
 - Cells that are undefined in any of the matrices are left out, tasks without any defined cell before anything else.
 - Directed affinities that are shares of task j's loss have a scale of their own in every column; two of them agree
-  merely for having it. Take `transfer.relative_to_own` first.
+  merely for having it. Take them ``relative`` to what training on j itself does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from analysis.significance import FALSE_DISCOVERY_RATE
 
 AGREEMENT_COLUMNS = [
     "first", "second", "pairs", "correlation", "p_value", "q_value", "partial", "partial_p_value", "partial_q_value",
-    "shift_p_value", "significant", "partial_significant",
+    "shift_p_value", "shift_q_value", "significant", "partial_significant",
 ]  # fmt: skip
 
 
@@ -106,6 +106,7 @@ def distance_matrix(tasks: xr.DataArray | xr.Dataset, coordinate: str = "task") 
 def agreement_table(
     matrices: Mapping[str, xr.DataArray],
     *,
+    beside: Mapping[str, xr.DataArray] | None = None,
     given: Sequence[xr.DataArray] | None = None,
     permutations: int = 9999,
     seed: int = 0,
@@ -114,22 +115,25 @@ def agreement_table(
 
     Args:
         matrices: By name, all over the same tasks.
+        beside: Further ones to show them beside, such as `distance_matrix`. No question is asked about those, so their
+            rows have no q-values and are never significant.
         given: What the partial correlation takes out; `distance_matrix` in |i - j| without it.
         permutations: As for `rank_correlation`.
         seed: Likewise.
 
     Returns:
         One row for every two matrices, columns `AGREEMENT_COLUMNS`: the plain correlation, the ``partial`` one, and
-        their p-values from permutations of tasks, with q-values adjusted over all rows (Benjamini and Hochberg, Journal
-        of the Royal Statistical Society B 57, 1995); ``shift_p_value`` is that of the partial correlation from shifts.
-        NaN where too few pairs of tasks are defined or nothing is left to correlate. ``significant`` says whether the
-        q-value is at most 0.05, ``partial_significant`` also whether the p-value from shifts is.
+        their p-values from permutations of tasks; ``shift_p_value`` is that of the partial correlation from shifts.
+        q-values are adjusted over all pairs of ``matrices`` (Benjamini and Hochberg, Journal of the Royal Statistical
+        Society B 57, 1995). NaN where too few pairs of tasks are defined or nothing is left to correlate.
+        ``significant`` says whether the q-value is at most 0.05, ``partial_significant`` whether that of the partial
+        correlation is by both schemes.
 
     Raises:
         ValueError: If the matrices are not over the same tasks.
     """
     rows = []
-    for (name, first), (other, second) in itertools.combinations(matrices.items(), 2):
+    for (name, first), (other, second) in itertools.combinations({**matrices, **(beside or {})}.items(), 2):
         known = [distance_matrix(first)] if given is None else given
         plain, partial = Cells.of(first, second, ()), Cells.of(first, second, known)
         both = _test_if_enough(plain, "tasks", permutations, seed)
@@ -147,10 +151,11 @@ def agreement_table(
             }
         )
     table = pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
-    for prefix in ("", "partial_"):
-        table[f"{prefix}q_value"] = _adjusted(table[f"{prefix}p_value"])
-        table[f"{prefix}significant"] = table[f"{prefix}q_value"] <= FALSE_DISCOVERY_RATE
-    table["partial_significant"] &= table["shift_p_value"] <= FALSE_DISCOVERY_RATE
+    asked = ~table[["first", "second"]].isin(list(beside or {})).any(axis=1)
+    for prefix in ("", "partial_", "shift_"):
+        table[f"{prefix}q_value"] = _adjusted(table[f"{prefix}p_value"].where(asked))
+    table["significant"] = table["q_value"] <= FALSE_DISCOVERY_RATE
+    table["partial_significant"] = (table[["partial_q_value", "shift_q_value"]] <= FALSE_DISCOVERY_RATE).all(axis=1)
     return table
 
 

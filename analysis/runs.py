@@ -51,6 +51,7 @@ def load_runs(
     run_ids: Sequence[str] | None = None,
     include_unfinished: bool = False,
     kind: str = records.KIND_TRAINING,
+    missing_ok: bool = False,
 ) -> list[xr.Dataset]:
     """Loads training runs (tag ``dtr.kind`` = ``training``) with their telemetry.
 
@@ -64,6 +65,7 @@ def load_runs(
         include_unfinished: Also load runs that are running, failed or killed. They are left out with a warning
             otherwise; in either case the attribute ``status`` tells.
         kind: Of the runs to search for: ``"training"``, or ``"specialist"`` for models trained on one task each.
+        missing_ok: Whether to return nothing, rather than an error, where the search finds no run.
 
     Returns:
         One dataset per run, ordered by method, seed and start: the variables of `telemetry.read_telemetry`, and the
@@ -79,7 +81,7 @@ def load_runs(
         if run_ids is not None:
             found = chosen = [_get_run(client, run_id) for run_id in run_ids]
         elif experiment is not None:
-            found = _search(client, _experiment_named(client, experiment), comparison, kind)
+            found = _search(client, _experiment_named(client, experiment), comparison, kind, missing_ok)
             chosen = found if include_unfinished else _finished_only(found)
         else:
             raise UserInputError(f"name an experiment or run ids to load; experiments here: {_experiments(client)}")
@@ -91,7 +93,7 @@ def load_runs(
             message = f"left out run {run.info.run_name} ({run.info.run_id}): no telemetry"
             warnings.warn(message, RunsLeftOutWarning, stacklevel=2)
     runs = [run for run in loaded if run is not None]
-    if not runs:
+    if not runs and not (missing_ok and not chosen):
         raise UserInputError(_nothing_to_read(uri, found, chosen))
     return sorted(runs, key=lambda run: (run.attrs["method"], run.attrs["seed"], run.attrs["start_time"]))
 
@@ -132,7 +134,9 @@ def _get_run(client: MlflowClient, run_id: str) -> Run:
     return run
 
 
-def _search(client: MlflowClient, experiment: Experiment, comparison: str | None, kind: str) -> list[Run]:
+def _search(
+    client: MlflowClient, experiment: Experiment, comparison: str | None, kind: str, missing_ok: bool
+) -> list[Run]:
     """All runs of a kind in the experiment, newest first, or those of one comparison."""
     runs: list[Run] = []
     token = None
@@ -147,6 +151,8 @@ def _search(client: MlflowClient, experiment: Experiment, comparison: str | None
         token = page.token
         if not token:
             break
+    if not runs and missing_ok:
+        return []
     if not runs:
         command = "dtr-lab specialists" if kind == records.KIND_SPECIALIST else "dtr-lab train"
         raise UserInputError(f"experiment {experiment.name!r} has no {kind} runs: make some with `{command}`")
@@ -157,11 +163,11 @@ def _search(client: MlflowClient, experiment: Experiment, comparison: str | None
         if not known:
             return runs
         comparison = known[0]
-    if comparison not in known:
+    if comparison not in known and not missing_ok:
         raise UserInputError(
             f"no comparison {comparison!r} in experiment {experiment.name!r}; there are: {_listed(known) or 'none'}"
         )
-    return [run for run in runs if run.data.tags.get(records.TAG_COMPARISON) == comparison]
+    return [run for run in runs if run.data.tags.get(records.TAG_COMPARISON, "") == comparison]
 
 
 def _finished_only(runs: list[Run]) -> list[Run]:

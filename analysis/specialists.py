@@ -9,11 +9,15 @@ import pandas as pd
 import xarray as xr
 
 from analysis.frames import mean_loss
+from analysis.grouping import group_by_method
+from analysis.methods import method_name
+from analysis.runs import load_runs
 from analysis.uncertainty import mean_interval
 from lightning_modules.errors import UserInputError
-from lightning_modules.tracking.records import RunManifest
+from lightning_modules.tracking.records import KIND_SPECIALIST, RunManifest
 
 _PAIR = ("task", "other_task")
+_CURE = "train them with `dtr-lab specialists`"
 
 
 def specialist_affinity(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]) -> xr.DataArray:
@@ -34,11 +38,8 @@ def specialist_affinity(shared: Sequence[xr.Dataset], specialists: Sequence[xr.D
     """
     by_seed = _paired_losses(shared, specialists)
     ratio = 1 - by_seed["alone"] / by_seed["shared"]
-    count = ratio.sizes["seed"]
-    error = ratio.std("seed", ddof=1) / np.sqrt(count) if count > 1 else ratio.isel(seed=0) * np.nan
-    value = ratio.mean("seed").transpose(*_PAIR).rename("specialist transfer")
-    return value.assign_coords(standard_error=(_PAIR, error.transpose(*_PAIR).values)).assign_attrs(
-        long_name="loss saved against the shared model", directed=True, units=count
+    return _mean_over_seeds(ratio.rename("specialist transfer")).assign_attrs(
+        long_name="loss saved against the shared model", directed=True
     )
 
 
@@ -71,33 +72,135 @@ def negative_transfer_gap(
     return xr.Dataset({"by_seed": gap, "gap": found["estimate"], "low": found["low"], "high": found["high"]})
 
 
-def _paired_losses(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Final losses ``alone`` (seed, task, other_task) of specialists and ``shared`` (seed, other_task)."""
-    by_seed = {run.attrs["seed"]: _final(run) for run in shared if "val_loss" in run}
-    alone: dict[int, dict[int, xr.DataArray]] = {}
+def specialist_reach(specialists: Sequence[xr.Dataset]) -> xr.DataArray:
+    """-log(L_j(trained on i alone) / L_j(trained on j alone)): how near a specialist of i comes to that of j.
+
+    As `specialist_affinity`, on one scale for all j, which a comparison with other affinities needs.
+
+    Args:
+        specialists: Runs trained on a single task each, of one method.
+
+    Returns:
+        (task, other_task), 0 on the diagonal, with ``standard_error`` over seeds (NaN for one), attribute ``units``
+        their number.
+
+    Raises:
+        UserInputError: If no seed has a specialist of every task.
+    """
+    alone = _stacked(_losses_alone(specialists), None)
+    at = xr.DataArray(np.arange(alone.sizes["task"]), dims="other_task")
+    own = alone.isel(task=at)
+    relative = alone / own.drop_vars(list(own.coords))
+    reach = -relative.copy(data=np.log(relative.values))
+    return _mean_over_seeds(reach.rename("reach of specialists")).assign_attrs(
+        long_name="minus the log loss over the specialist's own", directed=True
+    )
+
+
+def usable_specialists(
+    runs: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]
+) -> tuple[dict[str, list[xr.Dataset]], list[str]]:
+    """The specialists that can be set against runs, and what is wrong with the others.
+
+    Args:
+        runs: Trained on all tasks, of any methods.
+        specialists: Trained on a single task each, of any methods.
+
+    Returns:
+        Method -> its specialists, of the methods that have a seed with all of them; and a sentence for each other
+        method that has any.
+    """
+    found, problems = {}, []
+    for method, own in group_by_method(runs).items():
+        alone = [run for run in specialists if run.attrs["method"] == method]
+        if not alone:
+            continue
+        try:
+            _paired_losses(own, alone)
+        except UserInputError as error:
+            problems.append(f"The specialists of {method_name(method)} are left out: {error}.")
+        else:
+            found[method] = alone
+    return found, problems
+
+
+def specialists_of(runs: Sequence[xr.Dataset], tracking_uri: str | None = None) -> list[xr.Dataset]:
+    """The finished specialists that belong to the comparisons of these runs; none if none were trained.
+
+    Args:
+        runs: Of `runs.load_runs`.
+        tracking_uri: The store they were loaded from; see `reading.store.locate_store`.
+
+    Raises:
+        UserInputError: If the store cannot be read.
+    """
+    found: list[xr.Dataset] = []
+    for experiment, comparison in dict.fromkeys((run.attrs["experiment"], run.attrs["comparison"]) for run in runs):
+        found += load_runs(
+            tracking_uri, experiment=experiment, comparison=comparison, kind=KIND_SPECIALIST, missing_ok=True
+        )
+    return found
+
+
+Losses = dict[int, dict[int, xr.DataArray]]
+"""Final losses (other_task) by seed and task that was trained on."""
+
+
+def _losses_alone(specialists: Sequence[xr.Dataset]) -> Losses:
+    alone: Losses = {}
     for run in specialists:
         task = RunManifest.from_json(run.attrs["manifest"]).trained_task
         if task is not None and "val_loss" in run:
             alone.setdefault(run.attrs["seed"], {})[task] = _final(run)
+    return alone
+
+
+def _stacked(alone: Losses, seeds: Sequence[int] | None) -> xr.DataArray:
+    """(seed, task, other_task) of the seeds named, or of all that have a specialist of every task."""
+    tasks = max((each.sizes["other_task"] for own in alone.values() for each in own.values()), default=0)
+    chosen = [seed for seed, own in sorted(alone.items()) if len(own) == tasks] if seeds is None else list(seeds)
+    if not chosen:
+        raise UserInputError(f"no seed has a specialist of each task: {_CURE}")
+    single = xr.concat(
+        [xr.concat([alone[seed][task] for task in range(tasks)], "task") for seed in chosen],
+        pd.Index(chosen, name="seed"),
+    )
+    names = [name for name in single.coords if single[name].dims == ("other_task",) and name != "other_task"]
+    return single.assign_coords({str(name).removeprefix("other_"): ("task", single[name].values) for name in names})
+
+
+def _mean_over_seeds(values: xr.DataArray) -> xr.DataArray:
+    count = values.sizes["seed"]
+    error = values.std("seed", ddof=1) / np.sqrt(count) if count > 1 else values.isel(seed=0) * np.nan
+    mean = values.mean("seed").transpose(*_PAIR)
+    return mean.assign_coords(standard_error=(_PAIR, error.transpose(*_PAIR).values)).assign_attrs(units=count)
+
+
+def _paired_losses(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Final losses ``alone`` (seed, task, other_task) of specialists and ``shared`` (seed, other_task)."""
+    by_seed = {run.attrs["seed"]: _final(run) for run in shared if "val_loss" in run}
+    alone = _losses_alone(specialists)
     tasks = shared[0].sizes["task"] if len(shared) else 0
     seeds = sorted(seed for seed in by_seed if len(alone.get(seed, {})) == tasks)
     if not seeds:
         have = {seed: sorted(found) for seed, found in alone.items()} or "none"
         raise UserInputError(
             f"no seed has both a shared run (there are {sorted(by_seed) or 'none'}) and a specialist of each of "
-            f"{tasks} tasks (there are, by seed: {have}): train them with `dtr-lab specialists`"
+            f"{tasks} tasks (there are, by seed: {have}): {_CURE}"
         )
-    _check_equally_long(shared, specialists, seeds)
+    _check_alike(shared, specialists, seeds)
     together = xr.concat([by_seed[seed] for seed in seeds], pd.Index(seeds, name="seed"))
-    single = xr.concat(
-        [xr.concat([alone[seed][task] for task in range(tasks)], "task") for seed in seeds], together["seed"]
-    )
-    own = {name: coord for name, coord in shared[0].coords.items() if coord.dims == ("task",)}
-    return xr.Dataset({"alone": single, "shared": together}).assign_coords(own)
+    return xr.Dataset({"alone": _stacked(alone, seeds), "shared": together})
 
 
-def _check_equally_long(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset], seeds: Sequence[int]) -> None:
+def _check_alike(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset], seeds: Sequence[int]) -> None:
+    """Raises UserInputError unless all runs have the same intervals and are equally long."""
     compared = [run for run in (*shared, *specialists) if "val_loss" in run and run.attrs["seed"] in seeds]
+    bounds = {tuple(RunManifest.from_json(run.attrs["manifest"]).interval_bounds) for run in compared}
+    if len(bounds) > 1:
+        raise UserInputError(
+            "shared runs and specialists have different timestep intervals: train both with the same `intervals`"
+        )
     ends = sorted({int(run["val_step"][-1]) for run in compared})
     if len(ends) > 1:
         raise UserInputError(

@@ -20,18 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from analysis.plots.style import DIVERGING, axes_or_new
-from analysis.report.panels import ReportFigure
 
 _SIGNAL_DEVIATIONS = 3.0
 """A gradient's direction is shown if its signal exceeds so many standard deviations of noise alone. At two, as for a
 handful of intervals, dozens of a thousand timesteps would pass by chance."""
 _NEIGHBOURS = 8
 """Timesteps on each side whose noise stands for a timestep's own: near enough to be alike, enough for a mean."""
-_MAX_TICKS = 9
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -185,59 +179,3 @@ def _root_mean(variance: FloatArray, where: npt.NDArray[np.bool_], axis: int | N
     count = chosen.sum(axis=axis)
     total = np.where(chosen, variance, 0.0).sum(axis=axis)
     return np.where(count > 0, np.sqrt(np.maximum(total, 0.0) / np.maximum(count, 1)), np.nan)
-
-
-def plot_timestep_affinity(
-    cosine: xr.DataArray, *, title: str = "", colorbar: bool = True, ax: Axes | None = None
-) -> Axes:
-    """Draws cosines between timesteps: blue agrees, red conflicts, grey is undefined; log-SNR at the top and right.
-
-    Args:
-        cosine: (timestep, other_timestep), with the coordinate ``log_snr`` on ``timestep``.
-        title: Of the panel.
-        colorbar: Whether to draw the scale.
-        ax: Where to draw.
-    """
-    ax = axes_or_new(ax)
-    ax.set_facecolor("#c4c4c4")
-    image = ax.imshow(cosine.values, cmap=DIVERGING, vmin=-1.0, vmax=1.0, interpolation="nearest")
-    at = np.unique(np.linspace(0, cosine.sizes["timestep"] - 1, _MAX_TICKS).astype(int))
-    labels = [str(t) for t in cosine["timestep"].values[at]]
-    ax.set_xticks(at, labels, fontsize=8)
-    ax.set_yticks(at, labels, fontsize=8)
-    ax.set_xlabel("timestep t  (noise increases →)")
-    ax.set_ylabel("timestep t")
-    top = ax.secondary_xaxis("top")
-    top.set_xticks(at, [f"{value:.1f}" for value in cosine["log_snr"].values[at]], fontsize=7)
-    top.set_xlabel("log-SNR", fontsize=8)
-    ax.set_title(title)
-    if colorbar:
-        ax.figure.colorbar(image, ax=ax, shrink=0.85, pad=0.02)
-    return ax
-
-
-def timestep_affinity_figure(affinity: xr.Dataset) -> ReportFigure:
-    """The plain and the corrected matrix beside each other.
-
-    Args:
-        affinity: From `timestep_affinity`.
-    """
-    figure = Figure(figsize=(11.0, 5.2), layout="compressed")
-    axes = figure.subplots(1, 2)
-    plot_timestep_affinity(
-        affinity["plain_cosine"].assign_coords(log_snr=affinity["log_snr"]),
-        title="plain",
-        colorbar=False,
-        ax=axes[0],
-    )
-    plot_timestep_affinity(affinity["cosine"], title="noise-corrected", ax=axes[1])
-    axes[1].set_ylabel("")
-    return ReportFigure(
-        "timestep_affinity",
-        "Affinity between single timesteps",
-        "Cosine between the gradients of the losses at single timesteps. Noise draws the plain cosine (left) towards "
-        "zero; the corrected one (right) is free of that and may exceed 1. Grey: a gradient that cannot be told from "
-        f"noise. Standard error of a corrected cosine: {affinity.attrs['sampling_error']:.3f} from sampling, "
-        f"{affinity.attrs['sketch_error']:.3f} from the projection to {affinity.attrs['width']} numbers.",
-        figure,
-    )

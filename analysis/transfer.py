@@ -2,43 +2,60 @@
 
 Every function returns an affinity in the form of `affinity`: (task, other_task), from the task trained on to the task
 whose loss is looked at, larger is more helpful. `specialists` goes furthest: a whole training on one task.
+
+Errors of one run come from leaving out one draw of samples at a time: they speak about these weights. Errors of several
+runs come from leaving out one run at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import stats
 
+from analysis.grouping import stack_runs
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import FINE_TUNING, LOOK_AHEAD
+
+Runs = xr.Dataset | Sequence[xr.Dataset]
 
 _CURE = {
     LOOK_AHEAD: "`dtr-lab affinity CHECKPOINT --measures look_ahead`",
     FINE_TUNING: "`dtr-lab affinity CHECKPOINT --measures fine_tuning`",
 }
+_NAME = {LOOK_AHEAD: "measured look-ahead", FINE_TUNING: "fine-tuning transfer"}
 _PAIR = ("task", "other_task")
+_DRAW = ("step", "repeat")
+_OWN_LEVEL = 0.95
+"""Confidence with which training on a task must help it, for other effects to be told as shares of that."""
 
 
-def look_ahead_affinity(run: xr.Dataset, *, step: int | None = None) -> xr.DataArray:
+def look_ahead_affinity(runs: Runs, *, step: int | None = None, relative: bool = False) -> xr.DataArray:
     """Task affinity grouping's Z_{i→j} = 1 - L_j(θ - η g_i) / L_j(θ), measured by taking the step.
 
     Source: Fifty et al. (arXiv 2109.04617), equation 1; averaged over the measured checkpoints as theirs over training.
 
     Args:
-        run: A run with measured look-aheads.
+        runs: With measured look-aheads, over the same intervals.
         step: Of one checkpoint; all of them without it.
+        relative: Whether to divide by what training on j itself does, Z_{j→j}. Losses of different intervals differ by
+            orders of magnitude, and so do the shares of them that a step removes; this way all columns have one scale,
+            with 1 on the diagonal. Columns of tasks whose own effect cannot be told from zero are NaN.
 
     Returns:
-        (task, other_task), with ``standard_error`` from leaving out one draw of samples at a time (NaN for one draw).
+        (task, other_task), with ``standard_error`` (NaN for one draw of one run).
 
     Raises:
         UserInputError: If nothing was measured, or not at that step.
     """
-    return _affinity(run, LOOK_AHEAD, "change", step, None, "measured look-ahead")
+    return _affinity(runs, LOOK_AHEAD, "change", step, None, relative)
 
 
-def predicted_look_ahead(run: xr.Dataset, *, step: int | None = None) -> xr.DataArray:
+def predicted_look_ahead(runs: Runs, *, step: int | None = None) -> xr.DataArray:
     """The first-order form η <g_i, g_j> / L_j of `look_ahead_affinity`, for the same samples and the same step.
 
     The difference between the two is curvature: where it is large, gradients alone do not tell who helps whom.
@@ -46,101 +63,162 @@ def predicted_look_ahead(run: xr.Dataset, *, step: int | None = None) -> xr.Data
     Raises:
         UserInputError: As `look_ahead_affinity`; also if the steps were not plain gradient descent.
     """
-    found = _affinity(run, LOOK_AHEAD, "predicted", step, None, "first-order look-ahead")
+    found = _affinity(runs, LOOK_AHEAD, "predicted", step, None, False)
     if found.isnull().all():
         raise UserInputError(
-            f"the look-aheads of run {run.attrs.get('name', '')} have no first-order form: it exists for plain "
-            "gradient descent on models that the Gramian covers (`dtr-lab affinity CHECKPOINT --optimizer sgd`)"
+            f"the look-aheads of run {_listed(runs)[0].attrs.get('name', '')} have no first-order form: it exists for "
+            "plain gradient descent on models that the Gramian covers (`dtr-lab affinity CHECKPOINT --optimizer sgd`)"
         )
-    return found
+    return found.rename("first-order look-ahead")
 
 
-def fine_tuning_affinity(run: xr.Dataset, *, updates: int | None = None, step: int | None = None) -> xr.DataArray:
+def first_order_slope(runs: Runs, *, step: int | None = None) -> float:
+    """Measured look-aheads over those that gradients predict: the slope of a line through the origin, by least squares.
+
+    1 where the first order is all there is, less where curvature takes some of it back.
+
+    Raises:
+        UserInputError: As `predicted_look_ahead`.
+    """
+    real, first = look_ahead_affinity(runs, step=step).values, predicted_look_ahead(runs, step=step).values
+    known = np.isfinite(real) & np.isfinite(first)
+    return float((real[known] * first[known]).sum() / (first[known] ** 2).sum())
+
+
+def fine_tuning_affinity(
+    runs: Runs, *, updates: int | None = None, step: int | None = None, relative: bool = False
+) -> xr.DataArray:
     """1 - L_j(after) / L_j(before) of fine-tuning on task i: Min-SNR's figure 2 for all pairs.
 
     Args:
-        run: A run with measured fine-tunings.
+        runs: With measured fine-tunings, over the same intervals.
         updates: After so many; the most that were made without it.
-        step: Of one checkpoint; all of them without it.
+        step: As of `look_ahead_affinity`.
+        relative: Likewise.
 
     Returns:
-        (task, other_task), with ``standard_error`` from leaving out one draw of samples at a time (NaN for one draw).
+        (task, other_task), with ``standard_error`` (NaN for one draw of one run).
 
     Raises:
         UserInputError: If nothing was measured, or not at that step or number of updates.
     """
-    return _affinity(run, FINE_TUNING, "change", step, updates, "fine-tuning transfer")
+    return _affinity(runs, FINE_TUNING, "change", step, updates, relative)
 
 
-def relative_to_own(affinity: xr.DataArray) -> xr.DataArray:
-    """How much training on i helps j, as a share of what training on j itself does: Z_{i→j} / Z_{j→j}.
-
-    Losses of different intervals differ by orders of magnitude, and so do the shares of them that a step removes; this
-    way all columns have one scale, with 1 on the diagonal.
+def transfer_film(runs: Runs, measure: str = LOOK_AHEAD, *, relative: bool = False) -> xr.DataArray:
+    """A measured affinity of every checkpoint that all runs were measured at, in the form of `affinity.affinity_film`.
 
     Args:
-        affinity: (..., task, other_task), directed.
+        runs: With measurements, over the same intervals.
+        measure: ``records.LOOK_AHEAD`` or ``records.FINE_TUNING``.
+        relative: As of `look_ahead_affinity`.
 
     Returns:
-        Likewise; NaN in the columns of tasks that training on themselves does not help, and the ``standard_error``, if
-        there is one, of the numerator alone.
-    """
-    at = xr.DataArray(np.arange(affinity.sizes["task"]), dims="other_task")
-    own = affinity.isel(task=at).drop_vars([name for name in affinity.coords if name not in affinity.dims])
-    own = own.drop_vars("task", errors="ignore").where(lambda value: value > 0)
-    relative = affinity / own
-    if "standard_error" in affinity.coords:
-        error = affinity["standard_error"].drop_vars(list(affinity["standard_error"].coords)) / own.drop_vars(
-            list(own.coords)
-        )
-        relative = relative.assign_coords(standard_error=error.transpose(*affinity["standard_error"].dims))
-    return relative.transpose(*affinity.dims).assign_attrs({**affinity.attrs, "long_name": "help relative to its own"})
-
-
-def transfer_film(run: xr.Dataset, measure: str = LOOK_AHEAD) -> xr.DataArray:
-    """A measured affinity of every checkpoint: (step, task, other_task).
+        (window, task, other_task) with the coordinates ``first_step`` and ``last_step``, both the checkpoint's.
 
     Raises:
-        UserInputError: If nothing was measured.
+        UserInputError: If nothing was measured, or at no step in all runs.
     """
-    _check(run, measure)
-    steps = run[f"{measure}_step"].values.tolist()
-    name = "measured look-ahead" if measure == LOOK_AHEAD else "fine-tuning transfer"
-    films = [_affinity(run, measure, "change", step, None, name) for step in steps]
-    return xr.concat(films, pd.Index(steps, name="step"), join="exact", combine_attrs="override")
+    listed = _listed(runs)
+    for run in listed:
+        _check(run, measure)
+    steps = sorted(set.intersection(*(set(run[f"{measure}_step"].values.tolist()) for run in listed)))
+    if not steps:
+        raise UserInputError(f"the runs' {measure.replace('_', ' ')} was measured at no step that all have: measure it")
+    frames = [_affinity(runs, measure, "change", step, None, relative) for step in steps]
+    film = xr.concat(frames, pd.RangeIndex(len(steps), name="window"), join="exact", combine_attrs="override")
+    return film.drop_vars("window").assign_coords(first_step=("window", steps), last_step=("window", steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """A run's affinity, and what it would be without one draw of samples at one checkpoint.
+
+    Attributes:
+        value: (task, other_task), mean over checkpoints.
+        without: (step, repeat, task, other_task), NaN for draws that there are not.
+    """
+
+    value: xr.DataArray
+    without: xr.DataArray
+
+    @property
+    def repeats(self) -> int:
+        return self.without.sizes["repeat"]
+
+    def variance(self, values: xr.DataArray) -> xr.DataArray:
+        """Jackknife over draws, checkpoint by checkpoint, of a statistic taken of `without`; NaN for one draw."""
+        number = values.notnull().sum("repeat")
+        spread = ((values - values.mean("repeat")) ** 2).sum("repeat")
+        return ((number - 1) / number.where(number > 1) * spread).sum("step", skipna=False)
 
 
 def _affinity(
-    run: xr.Dataset, measure: str, part: str, step: int | None, updates: int | None, name: str
+    runs: Runs, measure: str, part: str, step: int | None, updates: int | None, relative: bool
 ) -> xr.DataArray:
+    each = [_draws(run, measure, part, step, updates) for run in _listed(runs)]
+    by_run = stack_runs([draws.value for draws in each])
+    mean, count = by_run.mean("run", skipna=False), len(each)
+    form = _share_of_own(mean, each) if relative else _as_it_is
+    if count == 1:
+        units, variance = each[0].repeats, each[0].variance(form(each[0].without))
+    else:
+        left_out = form((count * mean - by_run) / (count - 1))
+        spread = ((left_out - left_out.mean("run", skipna=False)) ** 2).sum("run", skipna=False)
+        units, variance = count, (count - 1) / count * spread
+    error = (variance**0.5).transpose(*_PAIR).values
+    value = form(mean).transpose(*_PAIR).rename(_NAME[measure]).assign_coords(standard_error=(_PAIR, error))
+    said = "help relative to its own" if relative else "relative decrease of the loss"
+    return value.assign_attrs(long_name=said, directed=True, units=units)
+
+
+def _draws(run: xr.Dataset, measure: str, part: str, step: int | None, updates: int | None) -> _Draws:
+    """What was measured of a run, in one form for all measures."""
     _check(run, measure)
     chosen = run[[f"{measure}_{each}" for each in ("before", "count", part)]]
     if step is not None:
         chosen = _at(chosen, f"{measure}_step", [step], run)
     made = int(run[f"{measure}_updates"][-1]) if updates is None else updates
     chosen = _at(chosen, f"{measure}_updates", [made], run).squeeze(f"{measure}_updates", drop=True)
+    chosen = chosen.rename({f"{measure}_{dim}": dim for dim in _DRAW})
     before, count, change = (chosen[f"{measure}_{each}"].transpose(..., *_PAIR) for each in ("before", "count", part))
     if part == "predicted":  # a mean, where the others are sums
         change = change * count
-    repeat, steps = f"{measure}_repeat", f"{measure}_step"
-    by_step = -change.sum(repeat, min_count=1) / before.sum(repeat, min_count=1)
-    error = _jackknife(change, before, repeat)
-    value = by_step.mean(steps).rename(name)
-    value = value.drop_vars([coord for coord in value.coords if not set(value[coord].dims) & set(_PAIR)])
-    pooled = ((error**2).sum(steps, skipna=False) ** 0.5 / by_step.sizes[steps]).transpose(*_PAIR).values
-    return value.assign_coords(standard_error=(_PAIR, pooled)).assign_attrs(
-        long_name="relative decrease of the loss", directed=True, units=int(chosen.sizes[repeat])
-    )
+    saved, loss = -change.sum("repeat", min_count=1), before.sum("repeat", min_count=1)
+    by_step = saved / loss
+    value = by_step.mean("step")
+    value = value.drop_vars([name for name in value.coords if not set(value[name].dims) & set(_PAIR)])
+    without = ((saved + change.fillna(0.0)) / (loss - before.fillna(0.0))).where(before.notnull())
+    moved = value + (without - by_step) / by_step.sizes["step"]
+    return _Draws(value, moved.transpose(*_DRAW, *_PAIR).drop_vars([*_DRAW], errors="ignore"))
 
 
-def _jackknife(change: xr.DataArray, before: xr.DataArray, repeat: str) -> xr.DataArray:
-    """Standard error over repeats of the ratio of sums, leaving out one repeat at a time."""
-    known = before.notnull()
-    repeats = known.sum(repeat)
-    without = -(change.sum(repeat) - change.fillna(0.0)) / (before.sum(repeat) - before.fillna(0.0))
-    without = without.where(known)
-    spread = ((without - without.mean(repeat)) ** 2).sum(repeat)
-    return ((repeats - 1) / repeats * spread).where(repeats > 1) ** 0.5
+def _share_of_own(mean: xr.DataArray, each: Sequence[_Draws]) -> Callable[[xr.DataArray], xr.DataArray]:
+    """Divides the columns of an affinity by its own diagonal, where that of the mean over runs is beyond noise.
+
+    The noise that counts is that of the measurement, over draws of samples: runs may well differ in a true effect.
+    """
+    own = _diagonal(mean)
+    variance = sum((_diagonal(draws.variance(draws.without)) for draws in each), xr.zeros_like(own)) / len(each) ** 2
+    freedom = sum(draws.repeats - 1 for draws in each)
+    least = stats.t.ppf(_OWN_LEVEL, freedom) * variance**0.5 if freedom else xr.full_like(own, np.nan)
+    defined = own > least.fillna(0.0)  # a single draw has no error, and is taken as it is
+    return lambda values: values / _diagonal(values).where(defined)
+
+
+def _as_it_is(values: xr.DataArray) -> xr.DataArray:
+    return values
+
+
+def _diagonal(values: xr.DataArray) -> xr.DataArray:
+    """The effect of each task on itself (..., other_task), without coordinates."""
+    at = xr.DataArray(np.arange(values.sizes["task"]), dims="other_task")
+    own = values.isel(task=at)
+    return own.drop_vars(list(own.coords))
+
+
+def _listed(runs: Runs) -> Sequence[xr.Dataset]:
+    return [runs] if isinstance(runs, xr.Dataset) else runs
 
 
 def _check(run: xr.Dataset, measure: str) -> None:

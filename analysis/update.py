@@ -135,6 +135,7 @@ def first_order_tag(
     loss: xr.DataArray,
     learning_rate: float | xr.DataArray,
     *,
+    relative: bool = False,
     errors: Errors = "probes",
 ) -> xr.Dataset:
     """Z_{k→l} = η <g_k, g_l> / L_l: the share of task l's loss that a gradient step of length η on task k removes.
@@ -150,6 +151,8 @@ def first_order_tag(
         count: (gradient_step, task, half) samples.
         loss: (gradient_step, task, half) mean losses of the groups, those whose gradients were measured.
         learning_rate: η, one number or one for every probe (gradient_step).
+        relative: Whether to divide by what a step on task l itself removes, Z_{l→l}. Losses cancel, and so does a rate
+            that is the same at all probes. NaN where the gradient of l cannot be told from noise.
         errors: Over probes (of these networks), or over runs.
 
     Returns:
@@ -158,7 +161,10 @@ def first_order_tag(
     samples = count.sum("half")
     task_loss = (loss.where(count > 0, 0.0) * count).sum("half", skipna=False) / samples.where(samples > 0)
     pool = pool_probes(gramian * learning_rate, count, series={"loss": task_loss})
-    return pool.estimate("affinity", lambda means: unbiased_gramian(means) / as_other(means["loss"]), errors)
+    if not relative:
+        return pool.estimate("affinity", lambda means: unbiased_gramian(means) / as_other(means["loss"]), errors)
+    found = pool.estimate("affinity", lambda means: unbiased_gramian(means) / as_other(means["squared_norm"]), errors)
+    return found.where(as_other(pool.is_positive(_squared_norm))).assign_attrs(found.attrs)
 
 
 def condition_number(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors = "probes") -> xr.Dataset:

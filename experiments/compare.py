@@ -105,14 +105,14 @@ def compare(
 
     uri = locate_store(tracking_uri)
     check_store(uri)
-    runs, left_out = _load(uri, experiment, comparison, run_ids, include_unfinished)
+    runs, specialists, left_out = _load(uri, experiment, comparison, run_ids, include_unfinished)
     name = _comparison_id(runs)
     folder = Path(out) if out is not None else Path("runs") / "comparisons" / name
     for part in (folder, folder / TABLES_DIR, folder / FIGURES_DIR):
         writable_folder(part, "--out")
     table, curves = runs_frame(runs), curves_frame(runs)
     summary = summary_frame(table, curves)
-    said, sections = drawn_report(runs, summary, curves, pdf=pdf)
+    said, sections = drawn_report(runs, summary, curves, specialists=specialists, pdf=pdf)
     said.warnings.extend(left_out)
     title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
     page = render_report(runs, summary, said, table, sections, title=title)
@@ -155,9 +155,10 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
 
 def _load(
     uri: str, experiment: str | None, comparison: str, run_ids: Sequence[str] | None, include_unfinished: bool
-) -> tuple[list[xr.Dataset], list[str]]:
-    """The runs, and what was said about those left out."""
+) -> tuple[list[xr.Dataset], dict[str, list[xr.Dataset]], list[str]]:
+    """The runs, the specialists of each method, and what was said about those left out."""
     from analysis.runs import RunsLeftOutWarning, load_runs
+    from analysis.specialists import specialists_of, usable_specialists
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RunsLeftOutWarning)
@@ -169,7 +170,7 @@ def _load(
             include_unfinished=include_unfinished,
         )
         runs = _validated(runs, include_unfinished)
-    left_out = []
+        specialists, left_out = usable_specialists(runs, specialists_of(runs, uri))
     for warning in caught:
         if issubclass(warning.category, RunsLeftOutWarning):
             text = str(warning.message)
@@ -184,7 +185,7 @@ def _load(
             "the runs split their gradient probes into different numbers of halves (`gradient_conflict.halves`), so "
             "their probes cannot be pooled: choose runs with the same number by --runs or --comparison"
         )
-    return runs, left_out
+    return runs, specialists, left_out
 
 
 def _validated(runs: Sequence[xr.Dataset], include_unfinished: bool) -> list[xr.Dataset]:

@@ -23,6 +23,7 @@ def plot_task_values(
     values: xr.Dataset,
     *,
     raw: xr.DataArray | None = None,
+    seeds: xr.DataArray | None = None,
     reference: float | None = None,
     reference_label: str = "",
     ylabel: str = "",
@@ -34,6 +35,7 @@ def plot_task_values(
     Args:
         values: ``value`` and ``half_width`` (method, task); error bars are drawn that long.
         raw: (method, task) the same without noise correction, drawn hollow and dashed.
+        seeds: (method, seed, task) what single seeds gave, drawn as small dots; NaN where a method lacks a seed.
         reference: A level to compare with, drawn as a line.
         reference_label: What it is.
         ylabel: What is drawn.
@@ -45,6 +47,11 @@ def plot_task_values(
     if reference is not None:
         ax.axhline(reference, color="#8c8c8c", linewidth=1, linestyle="--", zorder=0, label=reference_label)
     _draw_methods(values, ax)
+    if seeds is not None:
+        for method, at in _places(values["value"]):
+            dots = seeds.sel({"method": method}).transpose("seed", "task").values
+            where = np.broadcast_to(at, dots.shape)
+            ax.scatter(where, dots, s=9, color=method_colour(method), alpha=0.45, linewidths=0, zorder=3)
     if raw is not None:
         for method, at in _places(raw):
             colour = method_colour(method)

@@ -1,25 +1,24 @@
-"""The figures about affinity: who helps whom, how that changes, and which measures of it agree."""
+"""The figures about gradient affinity: does routing follow it, how it changes, and which other measures agree."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+
 import xarray as xr
 
 from analysis import affinity
-from analysis.affinity_measures import FINE_TUNING, LOOK_AHEAD, NAMES, REPRESENTATION, measured_affinities
+from analysis.affinity_measures import NAMES, measured_affinities
 from analysis.agreement import agreement_table, distance_matrix, rank_correlation
 from analysis.gramians import STEP
 from analysis.grouping import group_by_method
 from analysis.jackknife import MIN_UNITS
 from analysis.methods import method_name, reference_method
-from analysis.plots.affinity import plot_affinity, plot_affinity_film, plot_agreement
+from analysis.plots.affinity import plot_affinity_film, plot_agreement
 from analysis.plots.matrices import plot_conflict_matrix, plot_overlap
-from analysis.report.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
+from analysis.report.panels import ReportFigure, Runs, colour_limit, film_panels, keep_outer_labels, panels
 
 _MOST_WINDOWS = 6
-_FILM_INCHES = 8.5
 _PERMUTATIONS = 1999
-_MEASURED = {LOOK_AHEAD: "look-ahead / own", FINE_TUNING: "fine-tuning / own", REPRESENTATION: "CKA"}
 
 
 def affinity_figure(runs: Runs) -> ReportFigure | None:
@@ -47,44 +46,6 @@ def affinity_figure(runs: Runs) -> ReportFigure | None:
     )
 
 
-def measured_figure(runs: Runs) -> ReportFigure | None:
-    """Look-ahead, fine-tuning and representation similarity of each method; None where none was measured."""
-    found = {method: measured_affinities(own, _MEASURED) for method, own in group_by_method(runs).items()}
-    found = {method: own for method, own in found.items() if own}
-    names = [name for name in _MEASURED if any(name in own for own in found.values())]
-    if not names:
-        return None
-    last_of_scale = {name != REPRESENTATION: name for name in names}.values()
-    figure, axes = panels(len(found), len(names), height=3.8, square=True)
-    for (row, column), ax in np.ndenumerate(axes):
-        (method, own), name = list(found.items())[row], names[column]
-        if name not in own:
-            ax.set_axis_off()
-            continue
-        signed = name != REPRESENTATION
-        plot_affinity(
-            own[name],
-            significant=affinity.significant_cells(own[name]) if signed else None,
-            limit=1.0,
-            signed=signed,
-            title=f"{method_name(method)}: {_MEASURED[name]}",
-            colorbar=name in last_of_scale,
-            ax=ax,
-        )
-    keep_outer_labels(axes)
-    return ReportFigure(
-        "measured_affinity",
-        "Who helps whom, measured by training on one interval",
-        "Rows were trained on, columns are affected. Look-ahead: the share of an interval's loss that one step on "
-        "another saves, relative to a step on itself (blue helps, red harms; the colour of ±1 stands for more, too). "
-        "Fine-tuning: the same after many steps, so what it forgets shows as well. CKA: similarity of the "
-        "representations, mean over blocks. A dot marks what differs from zero (false discovery rate 5 %; errors over "
-        "the runs, or over draws of samples for one run). Hatched: undefined, in the columns of intervals that "
-        "training on themselves did not help. Look for columns that everything helps, and for help that goes one way.",
-        figure,
-    )
-
-
 def affinity_film_figure(runs: Runs) -> ReportFigure | None:
     """Gradient affinity of each method in windows of training; None with too few probes for two windows."""
     by_method = group_by_method([run for run in runs if "gramian" in run])
@@ -97,8 +58,7 @@ def affinity_film_figure(runs: Runs) -> ReportFigure | None:
         for method, own in by_method.items()
     }
     size = next(iter(films.values())).sizes["task"]
-    height = 0.75 + _FILM_INCHES * size / (windows * (size + 1))
-    figure, axes = panels(len(films), 1, width=11.0, height=height, square=True)
+    figure, axes = film_panels(len(films), windows, size)
     limit = colour_limit([frame for film in films.values() for frame in film])
     for ax, (method, film) in zip(axes[:, 0], films.items(), strict=True):
         plot_affinity_film(
@@ -117,9 +77,18 @@ def affinity_film_figure(runs: Runs) -> ReportFigure | None:
     )
 
 
-def agreement_figure(runs: Runs) -> ReportFigure | None:
-    """Rank correlations between all affinities of each method; None if no method has two."""
-    by_method = {method: measured_affinities(own) for method, own in group_by_method(runs).items()}
+def agreement_figure(runs: Runs, specialists: Mapping[str, Runs] | None = None) -> ReportFigure | None:
+    """Rank correlations between all affinities of each method; None if no method has two.
+
+    Args:
+        runs: What was compared.
+        specialists: By method, as of `specialists.usable_specialists`.
+    """
+    alone = specialists or {}
+    by_method = {
+        method: measured_affinities(own, specialists=alone.get(method, ()))
+        for method, own in group_by_method(runs).items()
+    }
     by_method = {method: found for method, found in by_method.items() if len(found) > 1}
     if not by_method:
         return None
@@ -128,7 +97,7 @@ def agreement_figure(runs: Runs) -> ReportFigure | None:
     side = 1.0 + 0.32 * len(names)
     figure, axes = panels(1, len(by_method), width=side, height=side, square=True)
     for column, (method, found) in enumerate(by_method.items()):
-        table = agreement_table({**found, **near}, given=list(near.values()), permutations=_PERMUTATIONS)
+        table = agreement_table(found, beside=near, given=list(near.values()), permutations=_PERMUTATIONS)
         last = column == len(by_method) - 1
         plot_agreement(table, names=names, title=method_name(method), colorbar=last, ax=axes[0][column])
         axes[0][column].tick_params(labelleft=column == 0)
@@ -139,8 +108,9 @@ def agreement_figure(runs: Runs) -> ReportFigure | None:
         "as they are. Neighbours are alike in all of them, so compare with the last columns, closeness itself. Below: "
         "the partial correlation given closeness in t and in log-SNR. Hatched: not measured, or nothing is left to "
         "correlate. A dot above the diagonal: beyond what intervals in random order give (Mantel test, false discovery "
-        "rate 5 %). A dot below: also beyond what shifting all intervals gives, which keeps neighbours together; it "
-        "takes at least ten intervals to earn one. Gradient cosine and first-order TAG come from the same gradients. "
+        "rate 5 % over all pairs of measures; closeness is shown, not tested). A dot below: also beyond what shifting "
+        "all intervals gives, which keeps neighbours together; with K intervals its p-values begin at 1/(2K), so with "
+        "fewer than ten there can be none. Gradient cosine and first-order TAG come from the same gradients. "
         "If the partial correlation of mask overlap is negative, routing shares channels elsewhere than gradients do.",
         figure,
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 
 from analysis.gramians import with_total
 from analysis.method_channels import method_channels
-from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
+from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure
 from analysis.report.channel_figures import (
     channel_count_figure,
     channels_figure,
@@ -38,25 +38,36 @@ from analysis.report.convergence_figures import (
 from analysis.report.forked import forked_calls
 from analysis.report.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
+from analysis.report.timestep_figures import representation_figure
+from analysis.report.transfer_figures import look_ahead_figure, measured_figure, measured_film_figure, sharing_figure
 from analysis.summary import Verdict, verdict
 
 _CHANNELS = "activation_mean_square"
+Specialists = Mapping[str, Runs]
 Maker = Callable[[Runs], ReportFigure | None]
 
 
-def report_sections(runs: Runs, curves: pd.DataFrame) -> list[ReportSection[ReportFigure]]:
+def report_sections(
+    runs: Runs, curves: pd.DataFrame, specialists: Specialists | None = None
+) -> list[ReportSection[ReportFigure]]:
     """All figures that these runs have data for, in the sections and the order of the report.
 
     Args:
         runs: What was compared; all must measure the same intervals.
         curves: `frames.curves_frame` of it.
+        specialists: By method, as of `specialists.usable_specialists`.
     """
-    made = [(title, maker(usable)) for title, maker, usable in _planned(runs, curves)]
+    made = [(title, maker(usable)) for title, maker, usable in _planned(runs, curves, specialists or {})]
     return _sections([(title, figure) for title, figure in made if figure is not None])
 
 
 def drawn_report(
-    runs: Runs, summary: pd.DataFrame, curves: pd.DataFrame, *, pdf: bool = False
+    runs: Runs,
+    summary: pd.DataFrame,
+    curves: pd.DataFrame,
+    *,
+    specialists: Specialists | None = None,
+    pdf: bool = False,
 ) -> tuple[Verdict, list[ReportSection[DrawnFigure]]]:
     """`summary.verdict` and `report_sections` as files: what takes longest in a report, side by side.
 
@@ -64,6 +75,7 @@ def drawn_report(
         runs: What was compared; all must measure the same intervals.
         summary: `summary.summary_frame` of it.
         curves: `frames.curves_frame` of it.
+        specialists: As of `report_sections`.
         pdf: Whether to draw PDF files, too.
     """
 
@@ -72,7 +84,7 @@ def drawn_report(
         return title, None if figure is None else figure.drawn(pdf)
 
     # From the end: the last figures take longest, and short ones fill what is left at the end.
-    drawing = [functools.partial(draw, *planned) for planned in reversed(_planned(runs, curves))]
+    drawing = [functools.partial(draw, *planned) for planned in reversed(_planned(runs, curves, specialists or {}))]
     said, *made = forked_calls([functools.partial(verdict, runs, summary, curves), *drawing])
     return said, _sections([(title, figure) for title, figure in reversed(made) if figure is not None])
 
@@ -82,7 +94,7 @@ def _sections(made: list[tuple[str, AnyFigure]]) -> list[ReportSection[AnyFigure
     return [ReportSection(title, [figure for own, figure in made if own == title]) for title in titles]
 
 
-def _planned(runs: Runs, curves: pd.DataFrame) -> list[tuple[str, Maker, Runs]]:
+def _planned(runs: Runs, curves: pd.DataFrame, specialists: Specialists) -> list[tuple[str, Maker, Runs]]:
     """Section, maker, and the runs that have the variable that the figure shows; without those that have none."""
     channels = method_channels(runs)
     for own in channels.values():
@@ -108,9 +120,13 @@ def _planned(runs: Runs, curves: pd.DataFrame) -> list[tuple[str, Maker, Runs]]:
         ],
         "Task affinity": [
             ("gramian", affinity_figure),
-            ("val_loss", measured_figure),
             ("gramian", affinity_film_figure),
-            ("val_loss", agreement_figure),
+            ("val_loss", measured_figure),
+            ("val_loss", measured_film_figure),
+            ("val_loss", look_ahead_figure),
+            ("val_loss", lambda usable: sharing_figure(usable, specialists)),
+            ("val_loss", representation_figure),
+            ("val_loss", lambda usable: agreement_figure(usable, specialists)),
             ("gramian", clusters_figure),
         ],
         "Channels": [

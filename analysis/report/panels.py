@@ -19,6 +19,9 @@ Runs = Sequence[xr.Dataset]
 _PANEL_INCHES = 3.6
 _DPI = 130
 _WIDE_INCHES = 8
+_PAGE_INCHES = 11.0
+_FILM_INCHES = 8.5
+"""Of a page, what is left for the matrices of a film."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,12 @@ def panels(
     """
     figure = Figure(figsize=(columns * width, rows * height), layout="compressed" if square else "constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios)
+
+
+def film_panels(rows: int, frames: int, size: int) -> tuple[Figure, np.ndarray]:
+    """Panels as wide as a page, one below the other, each for so many square matrices of ``size`` beside each other."""
+    height = 0.75 + _FILM_INCHES * size / (frames * (size + 1))
+    return panels(rows, 1, width=_PAGE_INCHES, height=height, square=True)
 
 
 def keep_outer_labels(axes: np.ndarray) -> None:

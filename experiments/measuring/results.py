@@ -13,7 +13,7 @@ from analysis.affinity import significant_cells
 from analysis.reading.telemetry import read_telemetry
 from analysis.representation import representation_affinity
 from analysis.significance import FALSE_DISCOVERY_RATE
-from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, predicted_look_ahead, relative_to_own
+from analysis.transfer import fine_tuning_affinity, first_order_slope, look_ahead_affinity
 from experiments.measuring.record import AffinityRecord
 from lightning_modules.tracking import records
 from lightning_modules.tracking.heatmap import heatmap_image
@@ -40,7 +40,8 @@ def report(record: AffinityRecord, measures: Sequence[str], console: Console) ->
     for measure in measures:
         matrix = _matrix(run, measure, record.step)
         record.keep_file(f"tables/{measure}-step-{record.step:08d}.csv", _csv(matrix))
-        record.log_heatmap(f"affinity_{measure}", _picture(matrix, measure, record.step))
+        shown = _matrix(run, measure, record.step, relative=measure != REPRESENTATION)
+        record.log_heatmap(f"affinity_{measure}", _picture(shown, measure, record.step))
         _print_matrix(matrix, TITLES[measure], console)
         said += _sentences(run, matrix, measure, record.step)
     problem = record.finish()
@@ -51,10 +52,10 @@ def report(record: AffinityRecord, measures: Sequence[str], console: Console) ->
     console.print(f"Files: {record.folder}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _matrix(run: xr.Dataset, measure: str, step: int) -> xr.DataArray:
+def _matrix(run: xr.Dataset, measure: str, step: int, relative: bool = False) -> xr.DataArray:
     if measure == REPRESENTATION:
         return representation_affinity(run, step=step)
-    return (look_ahead_affinity if measure == LOOK_AHEAD else fine_tuning_affinity)(run, step=step)
+    return (look_ahead_affinity if measure == LOOK_AHEAD else fine_tuning_affinity)(run, step=step, relative=relative)
 
 
 def _csv(matrix: xr.DataArray) -> bytes:
@@ -69,7 +70,7 @@ def _picture(matrix: xr.DataArray, measure: str, step: int) -> np.ndarray:
     title = f"{_PICTURES[measure]}, step {step}"
     if measure == REPRESENTATION:
         return heatmap_image(matrix.values, labels, title=title, vmin=0.0, colors="sequential")
-    return heatmap_image(relative_to_own(matrix).values, labels, title=title)
+    return heatmap_image(matrix.values, labels, title=title)
 
 
 def _print_matrix(matrix: xr.DataArray, title: str, console: Console) -> None:
@@ -101,8 +102,6 @@ def _sentences(run: xr.Dataset, matrix: xr.DataArray, measure: str, step: int) -
         f"(false discovery rate {100 * FALSE_DISCOVERY_RATE:.0f} %)."
     ]
     if measure == LOOK_AHEAD and run["look_ahead_predicted"].notnull().any():
-        first = predicted_look_ahead(run, step=step).values
-        known = np.isfinite(values) & np.isfinite(first)
-        slope = float((values[known] * first[known]).sum() / (first[known] ** 2).sum())
+        slope = first_order_slope(run, step=step)
         said.append(f"Measured look-aheads are {slope:.3f} times what gradients predict to first order.")
     return said

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from analysis.timestep_affinity import timestep_affinity_figure
+from analysis.report.timestep_figures import timestep_affinity_figure
 from experiments.probing import summary
 from experiments.probing.budget import MIN_BATCHES, Budget, Stopped, measure_batches
 from experiments.probing.data import Batches, ProbeData

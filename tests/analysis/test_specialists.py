@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.specialists import negative_transfer_gap, specialist_affinity
+from analysis.specialists import (
+    negative_transfer_gap,
+    specialist_affinity,
+    specialist_reach,
+    usable_specialists,
+)
 from lightning_modules.errors import UserInputError
+from lightning_modules.tracking.records import RunManifest
 from tests.analysis.measured import K, with_losses
 
 SHARED = np.linspace(0.5, 0.1, K)
@@ -59,3 +67,40 @@ def test_a_seed_without_all_specialists_does_not_count():
         negative_transfer_gap(shared, alone[:3])
     with pytest.raises(UserInputError, match="dtr-lab specialists"):
         negative_transfer_gap(shared, [])
+
+
+def test_the_reach_is_relative_to_the_specialist_of_the_task():
+    rng = np.random.default_rng(1)
+    ratios = {seed: rng.uniform(0.7, 4.0, (K, K)) for seed in range(3)}
+    _, alone = runs_of(ratios)
+    stacked = np.stack(list(ratios.values()))
+    expected = -np.log(stacked / np.einsum("skk->sk", stacked)[:, None, :])
+    found = specialist_reach(alone)
+    np.testing.assert_allclose(found.values, expected.mean(0), atol=1e-12)
+    np.testing.assert_allclose(found["standard_error"].values, stats.sem(expected), atol=1e-12)
+    assert found["interval"].values.tolist() == found["other_interval"].values.tolist()
+    assert found.attrs["directed"]
+    with pytest.raises(UserInputError, match="specialist of each task"):
+        specialist_reach(alone[:3])
+
+
+def test_only_specialists_that_can_be_compared_are_used():
+    shared, alone = runs_of({0: np.ones((K, K))})
+    for run in (*shared, *alone):
+        run.attrs["method"] = "baseline"
+    routed = [run.assign_attrs(method="dtr") for run in (*shared, *alone[:2])]
+    found, problems = usable_specialists([*shared, routed[0]], [*alone, *routed[1:]])
+    assert list(found) == ["baseline"]
+    assert len(found["baseline"]) == K
+    assert len(problems) == 1
+    assert problems[0].startswith("The specialists of DTR are left out: no seed has both")
+
+
+def test_other_intervals_are_refused():
+    shared, alone = runs_of({0: np.ones((K, K))})
+    manifest = RunManifest.from_json(shared[0].attrs["manifest"])
+    bounds = [*manifest.interval_bounds]
+    bounds[1] += 1
+    shared[0].attrs["manifest"] = dataclasses.replace(manifest, interval_bounds=bounds).to_json()
+    with pytest.raises(UserInputError, match="different timestep intervals"):
+        negative_transfer_gap(shared, alone)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.timestep_affinity import plot_timestep_affinity, timestep_affinity, timestep_affinity_figure
+from analysis.plots.timesteps import plot_timestep_affinity
+from analysis.report.timestep_figures import timestep_affinity_figure
+from analysis.timestep_affinity import timestep_affinity
 
 TIMESTEPS, SIZE = 60, 3000
 

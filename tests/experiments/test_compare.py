@@ -42,7 +42,7 @@ def few_figures(request, monkeypatch):
         return
     report = drawing.drawn_report
 
-    def few(runs, summary, curves, *, pdf):
+    def few(runs, summary, curves, *, specialists, pdf):
         kept = ["val_loss", "val_quarter_loss", "train_loss", "quarter_timesteps"]
         bare = [run[[name for name in kept if name in run]].assign_attrs(run.attrs) for run in runs]
         return verdict(runs, summary, curves), report(bare, summary, curves, pdf=pdf)[1]

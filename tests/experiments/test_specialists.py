@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from analysis.runs import load_runs
 from analysis.specialists import negative_transfer_gap
 from experiments.__main__ import main
+from experiments.compare import compare
 from experiments.comparisons import create_comparison
 from lightning_modules.tracking.records import RunManifest
 from tests.experiments.test_train import CONFIGS, SMALL
@@ -52,6 +53,14 @@ def test_a_model_for_each_interval_beside_the_shared_one(tmp_path, capsys):
         assert (trained > 0).tolist() == [manifest.trained_task == task for task in range(2)]
     (together,) = load_runs(experiment="digits", comparison="c")
     assert np.isfinite(negative_transfer_gap([together], found)["gap"].values).all()
+    summary = compare(experiment="digits", comparison="c", out=tmp_path / "report", log=False)
+    assert (tmp_path / "report" / "figures" / "negative_transfer.png").stat().st_size > 5000
+    assert not any("specialists" in warning for warning in summary.attrs["warnings"])
+    client.delete_run(found[0].attrs["run_id"])
+    summary = compare(experiment="digits", comparison="c", out=tmp_path / "again", log=False)
+    assert not (tmp_path / "again" / "figures" / "negative_transfer.png").exists()
+    (said,) = (warning for warning in summary.attrs["warnings"] if "specialists" in warning)
+    assert "The specialists of Baseline are left out: no seed has both a shared run" in said
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import pytest
 import xarray as xr
 
 from analysis import affinity, affinity_measures
@@ -13,13 +12,11 @@ from analysis.affinity_measures import NAMES, measured_affinities
 from analysis.agreement import agreement_table, distance_matrix
 from analysis.cluster_count import silhouette_count
 from analysis.clustering import affinity_units
-from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure, measured_figure
+from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure
 from analysis.report.cluster_figures import clusters_figure
 from analysis.representation import representation_affinity
-from analysis.transfer import fine_tuning_affinity, look_ahead_affinity, relative_to_own
-from lightning_modules.tracking.records import FINE_TUNING
+from analysis.transfer import fine_tuning_affinity, look_ahead_affinity
 from tests.analysis import synthetic
-from tests.analysis.measured import representation_rows, run_with, transfer_rows
 from tests.analysis.synthetic import K
 
 
@@ -31,48 +28,23 @@ def shown(ax):
     return ax.images[0].get_array().filled(np.nan)
 
 
-@pytest.fixture(scope="module")
-def measured_runs(runs, tmp_path_factory):
-    """The runs of the store; the plain ones also measured look-aheads, fine-tunings and representations."""
-    found = []
-    for index, run in enumerate(runs):
-        if run.attrs["method"] != "baseline":
-            found.append(run)
-            continue
-        rng = np.random.default_rng(index)
-        saved = rng.uniform(-0.2, 0.4, (K, K)) + 0.4 * np.eye(K)
-        tunings = [transfer_rows(saved / 2, measure=FINE_TUNING, updates=20, repeat=r) for r in range(2)]
-        times = [12 + 25 * task for task in range(K)]
-        hsic = {block: np.exp(-np.abs(np.subtract.outer(times, times)) / 80) for block in synthetic.CHANNELS}
-        extra = run_with(
-            tmp_path_factory.mktemp("measured"),
-            transfers=[transfer_rows(saved), *tunings],
-            representations=[representation_rows(hsic, times)],
-        )
-        merged = xr.merge([run, extra], compat="override", join="outer", combine_attrs="override")
-        found.append(merged.assign_attrs(run.attrs))
-    return found
-
-
 def test_all_affinities_of_a_method_are_found(measured_runs):
     own = of(measured_runs, "baseline")
     found = measured_affinities(own)
-    assert list(found) == [name for name in NAMES if name != affinity_measures.MASKS]
+    without = {affinity_measures.MASKS, affinity_measures.SPECIALISTS}
+    assert list(found) == [name for name in NAMES if name not in without]
     np.testing.assert_array_equal(found[affinity_measures.GRADIENT], affinity.gradient_affinity(own))
-    by_run = {
-        affinity_measures.LOOK_AHEAD: [relative_to_own(look_ahead_affinity(run)) for run in own],
-        affinity_measures.FINE_TUNING: [relative_to_own(fine_tuning_affinity(run)) for run in own],
-        affinity_measures.REPRESENTATION: [representation_affinity(run) for run in own],
-    }
-    for name, each in by_run.items():
-        np.testing.assert_allclose(found[name], np.mean(each, axis=0))
-        assert found[name].attrs["units"] == len(own)
-    tag = affinity.tag_affinity(own, 0.01)
-    np.testing.assert_allclose(found[affinity_measures.TAG], relative_to_own(tag))
+    xr.testing.assert_identical(found[affinity_measures.LOOK_AHEAD], look_ahead_affinity(own, relative=True))
+    xr.testing.assert_identical(found[affinity_measures.FINE_TUNING], fine_tuning_affinity(own, relative=True))
+    each = [representation_affinity(run) for run in own]
+    np.testing.assert_allclose(found[affinity_measures.REPRESENTATION], np.mean(each, axis=0))
+    assert found[affinity_measures.REPRESENTATION].attrs["units"] == len(own)
+    tag = affinity.tag_affinity(own, 0.01).values
+    np.testing.assert_allclose(found[affinity_measures.TAG], tag / np.diag(tag), rtol=1e-6)
     routed = measured_affinities(of(measured_runs, "dtr"), [affinity_measures.MASKS])
     assert list(routed) == [affinity_measures.MASKS]
     alone = measured_affinities(own[:1], [affinity_measures.REPRESENTATION])
-    xr.testing.assert_identical(alone[affinity_measures.REPRESENTATION], by_run[affinity_measures.REPRESENTATION][0])
+    xr.testing.assert_identical(alone[affinity_measures.REPRESENTATION], each[0])
 
 
 def test_runs_without_halves_have_a_plain_gradient_cosine_only(runs):
@@ -121,33 +93,19 @@ def test_film_figure_has_a_row_for_each_method_on_one_scale(runs):
     assert affinity_film_figure([run.drop_vars("gramian") for run in runs]) is None
 
 
-def test_measured_figure_shows_the_measures_of_each_method(measured_runs, runs):
-    report = measured_figure(measured_runs)
-    panels = [ax for ax in report.figure.axes if ax.get_title()]
-    assert [ax.get_title() for ax in panels] == [
-        "Baseline: look-ahead / own",
-        "Baseline: fine-tuning / own",
-        "Baseline: CKA",
-    ]
-    found = measured_affinities(of(measured_runs, "baseline"))
-    for ax, name in zip(panels, list(found)[2:], strict=True):
-        np.testing.assert_array_equal(shown(ax), found[name])
-    assert [ax.images[0].get_clim() for ax in panels] == [(-1, 1), (-1, 1), (0, 1)]
-    assert measured_figure(runs) is None
-
-
 def test_agreement_figure_has_the_same_rows_for_all_methods(measured_runs):
     report = agreement_figure(measured_runs)
     panels = [ax for ax in report.figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in panels] == ["Baseline", "Random routing", "DTR"]
-    names = [*NAMES, "closeness in t", "closeness in log-SNR"]
+    names = [name for name in NAMES if name != affinity_measures.SPECIALISTS]
+    names += ["closeness in t", "closeness in log-SNR"]
     for ax in panels:
         assert [label.get_text() for label in ax.get_xticklabels()] == names
     first = shown(panels[0])
     found = measured_affinities(of(measured_runs, "baseline"))
     near = {"closeness in t": distance_matrix(found["look-ahead"])}
     near["closeness in log-SNR"] = distance_matrix(found["look-ahead"], "log_snr")
-    table = agreement_table({**found, **near}, given=list(near.values()), permutations=99)
+    table = agreement_table(found, beside=near, given=list(near.values()), permutations=99)
     for _, row in table.iterrows():
         at = names.index(row["first"]), names.index(row["second"])
         np.testing.assert_allclose([first[at], first[at[::-1]]], [row["correlation"], row["partial"]])

@@ -146,9 +146,3 @@ def _check_placed(table: pd.DataFrame, axis: Axis) -> None:
             f"run {first['run']} ({first['method']}, seed {first['seed']}){others} cannot be compared by {axis}: "
             f"{_CURES.get(axis, 'it has no position there')}, or compare by another axis (axis='step')"
         )
-
-
-def final_values(curves: pd.DataFrame, metric: str, axis: Axis = "step") -> pd.DataFrame:
-    """Last measured value of every method and seed: columns method, seed, ``axis``, value (see `seed_curves`)."""
-    rows = [(*key, curve.x[-1], curve.value[-1]) for key, curve in seed_curves(curves, metric, axis).items()]
-    return pd.DataFrame(rows, columns=["method", "seed", axis, "value"])

@@ -16,9 +16,9 @@ import pandas as pd
 from scipy.integrate import trapezoid
 
 from analysis.arrivals import Arrival, arrival_profile, arrivals, median_arrivals, steps_to_baseline, steps_to_threshold
-from analysis.axes import Axis, Curve, SeedCurves, final_values, paired_curves, seed_curves
+from analysis.axes import Axis, Curve, SeedCurves, paired_curves, seed_curves
 from analysis.methods import ordered
-from analysis.speedup import SpeedUp, speed_up, speed_up_bounds, speed_up_curve
+from analysis.speedup import SpeedUp, speed_up, speed_up_curve
 from analysis.uncertainty import FEW_SEEDS, FloatArray, Interval, bootstrap_mean, mean_interval, proportion_interval
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "arrival_profile",
     "arrivals",
     "curve_bands",
-    "final_values",
     "mean_curves",
     "median_arrivals",
     "paired_difference",
@@ -38,7 +37,6 @@ __all__ = [
     "probability_of_improvement",
     "smoothed_curves",
     "speed_up",
-    "speed_up_bounds",
     "speed_up_curve",
     "steps_to_baseline",
     "steps_to_threshold",
@@ -180,7 +178,7 @@ def paired_difference(
     level: float = 0.95,
     axis: Axis = "step",
 ) -> tuple[pd.Series, Interval]:
-    """Value of a method minus the baseline's at equal cost (see `paired_values`), and the t-interval of its mean.
+    """Value of a method minus the baseline's at equal cost (see `paired_values`), and the interval of its mean.
 
     Returns:
         Differences indexed by the seeds that both have (negative: the method is better), and the interval. A diverged

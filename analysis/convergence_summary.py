@@ -12,7 +12,7 @@ from analysis.convergence import (
     area_difference,
     paired_difference,
     probability_of_improvement,
-    speed_up_bounds,
+    speed_up,
     steps_to_baseline,
 )
 from analysis.frames import HIGH_NOISE, LOW_NOISE, VAL_LOSS
@@ -124,7 +124,7 @@ def _chance_words(curves: pd.DataFrame, method: str, reference: str) -> str:
 
 
 def _speed_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
-    speed = speed_up_bounds(steps_to_baseline(curves, VAL_LOSS, reference), method, reference)
+    speed = speed_up(steps_to_baseline(curves, VAL_LOSS, reference), method, reference)
     if speed.ratios.empty:
         return ""
     name, base = method_name(method), method_name(reference)
@@ -138,6 +138,9 @@ def _speed_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
             text += f", {listed} times as fast there"
         if not np.isnan(speed.median):
             text += f"; the median over all of them is {speed.median:.2f}x"
+        low, high = speed.median_interval
+        if not np.isnan(low) and (low > 0 or np.isfinite(high)):
+            text += f" (95 % interval of the median [{low:.2f}, {high:.2f}])"
         return f"{text}. {_earlier_words(curves, method, reference)}".strip()
     if pairs == 1:
         return f"{text} in {1 / speed.ratios['low'].iloc[0]:.0%} of the steps, in one seed."
@@ -147,7 +150,7 @@ def _speed_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
 
 def _earlier_words(curves: pd.DataFrame, method: str, reference: str) -> str:
     """The speed-up to a threshold that comes earlier in training."""
-    speed = speed_up_bounds(steps_to_baseline(curves, VAL_LOSS, reference, share=EARLIER_SHARE), method, reference)
+    speed = speed_up(steps_to_baseline(curves, VAL_LOSS, reference, share=EARLIER_SHARE), method, reference)
     low, high = speed.mean_bounds
     text = f"To the loss that {method_name(reference)} has {_EARLIER_WORDS} it is"
     if not np.isnan(speed.interval.low):

@@ -15,7 +15,7 @@ from analysis.convergence import area_difference, paired_difference, paired_valu
 from analysis.frames import VAL_LOSS
 from analysis.methods import ordered
 from analysis.significance import FALSE_DISCOVERY_RATE
-from analysis.speedup import speed_up_bounds
+from analysis.speedup import speed_up
 from analysis.uncertainty import Interval, mean_p_value
 
 Quantity = Literal["difference", "speed_up", "area_difference", "probability"]
@@ -59,7 +59,7 @@ def interval_convergence(
 
         - ``difference``: final loss less the baseline's (`convergence.paired_difference`), t-test.
         - ``speed_up``: cost of the baseline to its loss at ``share`` / the method's cost to the same loss
-          (`speedup.speed_up_bounds`), t-test of logarithms.
+          (`speedup.speed_up`), t-test of logarithms.
         - ``area_difference``: mean of the curve less the baseline's (`convergence.area_difference`), t-test.
         - ``probability``: of ending lower than the baseline (`convergence.probability_of_improvement`), sign test.
 
@@ -111,7 +111,7 @@ def _compare(
         return []
     difference, mean = paired_difference(curves, metric, method, baseline, level, axis)
     area, mean_area = area_difference(curves, metric, method, baseline, level, axis)
-    speed = speed_up_bounds(steps_to_baseline(curves, metric, baseline, axis, share=share), method, baseline, level)
+    speed = speed_up(steps_to_baseline(curves, metric, baseline, axis, share=share), method, baseline, level)
     chance = probability_of_improvement(curves, metric, method, baseline, level, axis)
     better, worse = (pairs["own"] < pairs["reference"]).sum(), (pairs["own"] > pairs["reference"]).sum()
     sign_test = stats.binomtest(int(better), int(better + worse)).pvalue if better + worse else 1.0

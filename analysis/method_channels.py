@@ -12,7 +12,7 @@ import xarray as xr
 
 from analysis import grouping
 from analysis.activations import STEP, Site, channel_usage, late_energy
-from analysis.routing_budget import mask_use, used_part
+from analysis.routing_budget import mask_use, measured_use
 
 
 class MethodChannels:
@@ -57,7 +57,7 @@ class MethodChannels:
     @functools.cached_property
     def measured(self) -> xr.DataArray:
         """`routing_budget.measured_use` of each run: (run, block, task, channel)."""
-        return used_part(self.allowed, self.energy())
+        return measured_use(self.allowed, self.energy())
 
     def prepare(self) -> None:
         """Computes what most figures need, before processes are forked that would each compute it."""

@@ -54,24 +54,17 @@ def _interval_use(mask: bytes, num_timesteps: int, starts: tuple[int, ...]) -> n
     return np.add.reduceat(allowed, starts, axis=0, dtype=np.int64) / timesteps
 
 
-def measured_use(run: xr.Dataset, *, share: float = USED_SHARE) -> xr.DataArray:
-    """`mask_use` of the channels that a task was found to use at the end of training, 0 for the others.
+def measured_use(allowed: xr.DataArray, energy: xr.DataArray, *, share: float = USED_SHARE) -> xr.DataArray:
+    """`mask_use` of the channels that a task was found to use, 0 for the others.
 
     Energies are measured task by task: at which of its timesteps a task uses a channel only the mask tells, so a plain
     model's are 0 or 1. NaN for tasks that were not measured.
 
     Args:
-        run: A run with probes of channels.
+        allowed: (..., task, channel) of `mask_use`.
+        energy: Likewise, such as `activations.pooled_energy`.
         share: See `activations.used_channels`.
-
-    Raises:
-        UserInputError: If the run has no probes of channels.
     """
-    return used_part(mask_use(run), pooled_energy(run), share=share)
-
-
-def used_part(allowed: xr.DataArray, energy: xr.DataArray, *, share: float = USED_SHARE) -> xr.DataArray:
-    """`measured_use` from `mask_use` and energies, both (..., task, channel)."""
     use = allowed.where(used_channels(energy, share), 0.0).where(energy.notnull())
     return use.rename("measured use").assign_attrs(long_name="share of the timesteps at which a channel is used")
 

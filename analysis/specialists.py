@@ -55,7 +55,7 @@ def negative_transfer_gap(
     Args:
         shared: Runs trained on all tasks, of one method.
         specialists: Runs trained on a single task each.
-        level: Of the t-intervals over seeds.
+        level: Of the intervals over seeds.
 
     Returns:
         ``gap``, ``low`` and ``high`` (task), and ``by_seed`` (seed, task).

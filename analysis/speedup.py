@@ -9,7 +9,10 @@ import pandas as pd
 
 from analysis.arrivals import Arrival, arrival_axis, steps_to_threshold
 from analysis.axes import Axis, Curve, paired_curves, seed_curves
-from analysis.uncertainty import Interval, geometric_mean_interval
+from analysis.uncertainty import FEW_SEEDS, Interval, bootstrap_runs, geometric_mean_interval
+
+_OPEN = 1e3
+"""Logarithm that stands for an infinite one."""
 
 Pairs = dict[int, tuple[Arrival, Arrival]]
 """Arrivals of the method and of the baseline, by seed."""
@@ -25,15 +28,20 @@ class SpeedUp:
 
     Attributes:
         ratios: Index seed, columns low and high: bounds of the ratio, equal where both runs arrived.
-        interval: Geometric mean with a t-interval on the logarithm; NaN as soon as any ratio is only bounded.
+        interval: Geometric mean with the interval of the mean logarithm (`uncertainty.mean_interval`); NaN as soon as
+            any ratio is only bounded.
         mean_bounds: Of the geometric mean.
         median_bounds: Of the median (of logarithms, if it falls between two).
+        median_interval: From `uncertainty.FEW_SEEDS` seeds on, percentiles of the medians of resampled seeds (whole
+            runs): of their lower bounds below, of their upper bounds above, so censored runs do not spoil it. NaN for
+            fewer seeds.
     """
 
     ratios: pd.DataFrame
     interval: Interval
     mean_bounds: tuple[float, float]
     median_bounds: tuple[float, float]
+    median_interval: tuple[float, float]
 
     @property
     def median(self) -> float:
@@ -42,29 +50,8 @@ class SpeedUp:
         return low if np.isclose(low, high) else np.nan
 
 
-def speed_up(
-    reached: pd.DataFrame, method: str, baseline: str = "baseline", level: float = 0.95
-) -> tuple[pd.Series, Interval]:
-    """How many times less a method needs, paired by seed: cost of the baseline / cost of the method.
-
-    Args:
-        reached: Result of `arrivals.arrivals`, on any axis.
-        method: The method in question.
-        baseline: What it is compared with.
-        level: Confidence level.
-
-    Returns:
-        The ratio per seed, and its geometric mean with a t-interval on the logarithm. A method that never arrived is
-        censored: its ratio is an upper bound, so with any such seed estimate and interval are NaN, not a guess; see
-        `speed_up_bounds` for what can be said then.
-    """
-    pairs = _pairs(reached, method, baseline)
-    ratio = pd.Series({seed: _ratio(*pair) for seed, pair in pairs.items()}, dtype=float)
-    return ratio.rename_axis("seed"), _compared(pairs, level).interval
-
-
-def speed_up_bounds(reached: pd.DataFrame, method: str, baseline: str = "baseline", level: float = 0.95) -> SpeedUp:
-    """As `speed_up`, with honest bounds in place of what runs that never arrived leave open.
+def speed_up(reached: pd.DataFrame, method: str, baseline: str = "baseline", level: float = 0.95) -> SpeedUp:
+    """How many times less a method needs, paired by seed, with bounds in place of what runs that never arrived hide.
 
     Args:
         reached: Result of `arrivals.arrivals`, on any axis.
@@ -103,7 +90,18 @@ def _compared(pairs: Pairs, level: float) -> SpeedUp:
     with np.errstate(divide="ignore"):
         logs = ratios.transform(np.log)
     mean, median = np.exp(logs.mean()), np.exp(logs.median())
-    return SpeedUp(ratios, interval, (mean["low"], mean["high"]), (median["low"], median["high"]))
+    bounds_of_median = median["low"], median["high"]
+    return SpeedUp(ratios, interval, (mean["low"], mean["high"]), bounds_of_median, _median_interval(logs, level))
+
+
+def _median_interval(logs: pd.DataFrame, level: float) -> tuple[float, float]:
+    if len(logs) < FEW_SEEDS:
+        return np.nan, np.nan
+    # The middle of an open and a known end must be computable; what comes of an open end is open again afterwards.
+    clipped = logs.clip(-_OPEN, _OPEN)
+    low = bootstrap_runs(clipped["low"].to_numpy(), np.median, level=level).low
+    high = bootstrap_runs(clipped["high"].to_numpy(), np.median, level=level).high
+    return 0.0 if low < -_OPEN / 4 else float(np.exp(low)), np.inf if high > _OPEN / 4 else float(np.exp(high))
 
 
 def _bounds(own: Arrival, other: Arrival) -> tuple[float, float]:
@@ -142,8 +140,8 @@ def speed_up_curve(
 
     Returns:
         Columns method, the axis (position of the baseline), threshold (mean over seeds); estimate, low, high (geometric
-        mean and t-interval; NaN with a run that never arrived), at_least, at_most (bounds of the mean), median (NaN if
-        not determined); arrived and pairs. Empty without a common seed, or if the method starts below where the
+        mean and its interval; NaN with a run that never arrived), at_least, at_most (bounds of the mean), median (NaN
+        if not determined); arrived and pairs. Empty without a common seed, or if the method starts below where the
         baseline ends.
     """
     curves_of_seeds = paired_curves(seed_curves(curves, metric, axis), method, baseline)

@@ -42,7 +42,7 @@ def summary_frame(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         - arrived, paired (runs that reached the final loss of the reference with the same seed, and runs that have such
           a partner), steps_to_baseline (text: every seed's steps, "not reached" where censored),
         - difference, difference_low, difference_high (final loss minus the reference's, paired by seed, with its
-          95 % t-interval; NaN for the reference itself).
+          95 % interval; NaN for the reference itself).
     """
     reference = reference_method(table["method"])
     reached = steps_to_baseline(curves, VAL_LOSS, reference)

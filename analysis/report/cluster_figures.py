@@ -10,7 +10,7 @@ import xarray as xr
 
 from analysis.affinity import gradient_affinity
 from analysis.cluster_count import NO_STRUCTURE, ClusterCount, interleaved, predicted_count, silhouette_count
-from analysis.clustering import affinity_units, cluster_intervals, log_snr_units, timestep_units
+from analysis.clustering import affinity_units, cluster_intervals, log_snr_units, partition_cost, timestep_units
 from analysis.gramians import STEP
 from analysis.grouping import group_by_method
 from analysis.jackknife import MIN_UNITS
@@ -57,7 +57,10 @@ def clusters_figure(runs: Runs) -> ReportFigure | None:
         figure.delaxes(axes[1][1])
         axes[1][0].set_subplotspec(axes[1][0].get_gridspec()[1, :])
     return ReportFigure(
-        "clusters", "Which intervals does affinity suggest?", _caption(counts, predicted, shown), figure
+        "clusters",
+        "Which intervals does affinity suggest?",
+        f"{_caption(counts, predicted, shown)} {_dearer(matrices[reference], manifest.log_snr, shown)}".strip(),
+        figure,
     )
 
 
@@ -100,6 +103,22 @@ def _by_schedule(log_snr: Sequence[float], clusters: int) -> dict[str, tuple[int
         by_snr = cluster_intervals(log_snr_units(edges, log_snr), clusters, centre="middle")
         found["distance in log-SNR"] = by_snr.bounds
     return found
+
+
+def _dearer(affinity: xr.DataArray, log_snr: Sequence[float], clusters: int) -> str:
+    """What bounds that need no measurement cost more than the best ones, by the gradients' own cost."""
+    units = affinity_units(affinity)
+    best = cluster_intervals(units, clusters).cost
+    schedules = {"t": timestep_units(units.edges)}
+    if np.isfinite(log_snr).all():
+        schedules["log-SNR"] = log_snr_units(units.edges, log_snr)
+    if not best > 0:
+        return ""
+    more = [
+        f"{partition_cost(units, cluster_intervals(each, clusters, centre='middle').bounds) / best - 1:.0%} by {name}"
+        for name, each in schedules.items()
+    ]
+    return f"By that cost, {clusters} clusters that go by distance alone are dearer than the best: {', '.join(more)}."
 
 
 def _predicted(by_method: dict[str, list[xr.Dataset]]) -> dict[str, ClusterCount]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -176,8 +178,20 @@ def update_figure(runs: Runs) -> ReportFigure | None:
         "Left: the part of each update's length that an interval contributes, the weights of the training loss taken "
         "into account; shares sum to 1, and an interval below zero is made worse by the update. Right: cosine between"
         " an interval's gradient and the sum of all others' (filled: noise-corrected; hollow: raw). Bars are 95 % "
-        "intervals over the probes of these runs. Updates are those of plain gradient descent; Adam rescales them.",
+        "intervals over the probes of these runs. Updates are those of plain gradient descent; Adam rescales them. "
+        f"Condition number of the intervals' gradients (Aligned-MTL's measure of stability; 1: orthogonal and equally "
+        f"long): {_conditions(pooled)}.",
         figure,
+    )
+
+
+def _conditions(pooled: Mapping[str, tuple[xr.DataArray, xr.DataArray]]) -> str:
+    found = {method_name(method): update.condition_number(*pair) for method, pair in pooled.items()}
+    return ", ".join(
+        f"{name} {float(each['condition_number']):.3g} ± {float(each['standard_error']):.2g}"
+        if np.isfinite(each["condition_number"])
+        else f"{name} not told from infinite"
+        for name, each in found.items()
     )
 
 

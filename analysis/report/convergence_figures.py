@@ -173,11 +173,12 @@ def interval_effects_figure(runs: Runs, curves: pd.DataFrame) -> ReportFigure | 
     return ReportFigure(
         "interval_effects",
         "Which intervals converge better, and how sure that is",
-        f"Every interval against {name} with the same seed: mean over seeds with a 95 % t-interval (top, and for the "
-        "speed-up on logarithms), or share of seeds with its exact interval (bottom right). Bars are those of a single "
-        "comparison; a star marks what is significant at a false discovery rate of 5 % over all intervals of a method. "
-        "Below zero, above 1x and above 50 % are better. A bar that leaves the panel goes on. Where a run did not "
-        "arrive, a triangle is the most (▽) or least (△) that the mean speed-up can be, a ring its median. "
+        f"Every interval against {name} with the same seed: mean over seeds with a 95 % interval (top, and for the "
+        "speed-up on logarithms; Student's, from ten seeds on by resampling runs), or share of seeds with its exact "
+        "interval (bottom right). Bars are those of a single comparison; a star marks what is significant at a false "
+        "discovery rate of 5 % over all intervals of a method. Below zero, above 1x and above 50 % are better. A bar "
+        "that leaves the panel goes on. Where a run did not arrive, a triangle is the most (▽) or least (△) that the "
+        "mean speed-up can be, a ring its median. "
         f"{_few(table)}",
         figure,
     )
@@ -237,7 +238,7 @@ def speed_up_figure(curves: pd.DataFrame) -> ReportFigure | None:
         "speed_up",
         "How much faster, to which loss",
         f"How many times fewer steps (or seconds) a method needs than {name} with the same seed, to the loss that "
-        f"{name} has there: geometric mean over seeds, with pointwise 95 % t-intervals of its logarithm. Thresholds "
+        f"{name} has there: geometric mean over seeds, with pointwise 95 % intervals of its logarithm. Thresholds "
         f"are fixed by {name} alone, from where both are followed to its final loss at the right. Where a run did not "
         "arrive there is no mean: a triangle is the most (▽) or least (△) that it can be, a ring the median if the "
         "others determine it. Look whether the line stays clear of 1 to the end, or is ahead only early on.",

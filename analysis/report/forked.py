@@ -9,9 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from threadpoolctl import threadpool_limits
+
+from lightning_modules.errors import UserInputError
 
 _work: list[Sequence[Callable[[], Any]]] = []
 """What forked processes are to do: they inherit it, since functions of large data cannot be sent."""
@@ -26,6 +29,7 @@ def forked_calls(calls: Sequence[Callable[[], Any]], processes: int | None = Non
         processes: How many at most; by default as many as this process may use processors.
 
     Raises:
+        UserInputError: If the system killed a process, as it does where memory runs out.
         Exception: What a call raises.
     """
     number = min(processes or _processors(), len(calls))
@@ -40,6 +44,11 @@ def forked_calls(calls: Sequence[Callable[[], Any]], processes: int | None = Non
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
                 results = pool.map(_call, range(len(calls)))
             return list(results)
+    except BrokenProcessPool as error:
+        raise UserInputError(
+            f"a process that drew figures was killed, probably for memory: free some, or compare fewer runs (--runs); "
+            f"{number} processes worked side by side, `taskset -c 0 dtr-lab compare ...` uses one"
+        ) from error
     finally:
         _work.pop()
 

@@ -53,16 +53,17 @@ figcaption, .note { color: #444; font-size: .92rem; max-width: 52rem; }
 _NOTES = """
 Losses are the mean unweighted error on held-out images at fixed noise and timesteps, so that runs are comparable point
 by point; ± is the standard deviation over seeds. Low and high noise are the first and the last quarter of the
-timesteps. Differences are paired by seed (same initialisation, data order, noise), with a Student t-interval. Steps to
-the baseline's final loss compare runs of one seed and are interpolated between validations; a run that never arrives
-is censored at its end (Kaplan and Meier), shown as "not reached", and bounds a speed-up instead of entering a mean; it
-is never left out. Bands around curves are the range of the seeds while these are fewer than ten, and a bootstrap over
-whole runs from then on. Training time counts the steps alone. Where all intervals are looked at, p-values are adjusted
-(false discovery rate 5 %). The conflict rate is the share of interval pairs with a negative gradient
-cosine, over all parameters, with its standard error over the probes within these runs (given these runs, not a spread
-over seeds); gradients that are pure noise give 0.5, so the rate counts the noise of single probes as conflict. Which
-pairs conflict significantly is tested over all probes together, at a false discovery rate of 5 %. Error bars of the
-figures about gradients are 95 % intervals from leaving out batches of probes (jackknife): they speak about these runs.
+timesteps. Differences are paired by seed (same initialisation, data order, noise), with a Student t-interval below ten
+seeds and one from resampling whole runs from then on. Steps to the baseline's final loss compare runs of one seed and
+are interpolated between validations; a run that never arrives is censored at its end (Kaplan and Meier), shown as "not
+reached", and bounds a speed-up instead of entering a mean; it is never left out. Bands around curves are the range of
+the seeds while these are fewer than ten, and a bootstrap over whole runs from then on. Training time counts the steps
+alone. Where all intervals are looked at, p-values are adjusted (false discovery rate 5 %). The conflict rate is the
+share of interval pairs with a negative gradient cosine, over all parameters, with its standard error over the probes
+within these runs (given these runs, not a spread over seeds); gradients that are pure noise give 0.5, so the rate
+counts the noise of single probes as conflict. Which pairs conflict significantly is tested over all probes together, at
+a false discovery rate of 5 %. Error bars of the figures about gradients are 95 % intervals from leaving out batches of
+probes (jackknife): they speak about these runs.
 """
 
 

@@ -117,7 +117,7 @@ def look_ahead_figure(runs: Runs) -> ReportFigure | None:
         "saves (upwards, bars are standard errors) against what the inner product of their gradients predicts for the "
         "same samples and step (to the right); axes are logarithmic but for a stretch around zero. On the dashed "
         "diagonal the first order is all there is; below it curvature takes part of the gain back. The slope is that "
-        "of a line through the origin, which the largest shares decide (with its 95 % t-interval over runs). If points "
+        "of a line through the origin, which the largest shares decide (with its 95 % interval over runs). If points "
         "leave the diagonal, do not read gradient affinities as help.",
         figure,
     )
@@ -159,7 +159,7 @@ def sharing_figure(runs: Runs, specialists: Mapping[str, Runs]) -> ReportFigure 
         "Does sharing one network pay?",
         "Left: final validation loss of a specialist, trained on one interval alone, over the shared model's in that "
         "interval, minus 1. Above zero the other intervals help; below, they do harm (ANT's negative transfer). Dots "
-        "are seeds, bars 95 % t-intervals over them. Right: what a specialist of the row's interval saves of the "
+        "are seeds, bars 95 % intervals over them. Right: what a specialist of the row's interval saves of the "
         "shared model's loss in each column; the colour of -1 stands for less, too, and off the diagonal most is far "
         "below zero, since what was learned on one interval carries only so far. A dot marks what differs from zero "
         f"(false discovery rate 5 %). {_harmed(gaps)}",

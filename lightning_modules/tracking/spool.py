@@ -2,7 +2,7 @@
 
 Each item is one sequence-numbered file, written under a temporary name, flushed to disk and renamed, so that a
 reader sees whole items only and a crash loses none. Deleting the file acknowledges it. Items of a run that
-crashed or lost its server simply stay, until the run is resumed or `publisher.sync` sends them.
+crashed or lost its server simply stay, until the run is resumed or `sync.sync` sends them.
 """
 
 from __future__ import annotations

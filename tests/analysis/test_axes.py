@@ -86,10 +86,3 @@ def test_runs_of_one_seed_are_averaged_and_a_diverged_one_is_not_hidden():
     timed = seed_curves(add_axes(both, runs), "loss/val", "seconds")["dtr", 0]
     np.testing.assert_allclose(timed.x, [15, 30, 45, 80])
     np.testing.assert_array_equal(timed.value, value)
-
-
-def test_final_values_are_the_last_measured():
-    got = axes.final_values(tidy(baseline_0=[4, 3, 2, 1], dtr_0=[4.0, np.nan]), "loss/val")
-    assert got.columns.tolist() == ["method", "seed", "step", "value"]
-    assert got["step"].tolist() == [400, 200]
-    np.testing.assert_array_equal(got["value"], [1, np.nan])

@@ -52,8 +52,7 @@ def test_a_diverged_run_is_censored_not_dropped():
     got = convergence.steps_to_baseline(frame, "loss/val").set_index("method")
     assert got.loc["dtr", ["step", "arrived"]].tolist() == [400.0, False]
     assert not got.loc["random", "arrived"]
-    final = convergence.final_values(frame, "loss/val").set_index("method")["value"]
-    assert final[["dtr", "random"]].isna().all()
+    assert convergence.paired_values(frame, "loss/val", "random")["own"].isna().all()
 
 
 def test_speed_up_is_paired_and_undefined_when_censored():
@@ -61,12 +60,12 @@ def test_speed_up_is_paired_and_undefined_when_censored():
         baseline_0=[8, 6, 5, 4], baseline_1=[8, 6, 5, 4], dtr_0=[6, 4, 3, 2], dtr_1=[4, 3, 2, 1], random_0=[9, 9, 9, 9]
     )
     reached = convergence.steps_to_baseline(frame, "loss/val")
-    ratio, interval = convergence.speed_up(reached, "dtr")
-    assert ratio.tolist() == [2.0, 4.0]
-    assert interval.estimate == pytest.approx(np.sqrt(8))
-    ratio, interval = convergence.speed_up(reached, "random")
-    assert ratio.tolist() == [1.0]
-    assert np.isnan(interval.estimate)
+    speed = convergence.speed_up(reached, "dtr")
+    assert speed.ratios["low"].tolist() == [2.0, 4.0]
+    assert speed.interval.estimate == pytest.approx(np.sqrt(8))
+    censored = convergence.speed_up(reached, "random")
+    assert censored.ratios["high"].tolist() == [1.0]
+    assert np.isnan(censored.interval.estimate)
 
 
 def test_paired_difference_removes_what_seeds_share():
@@ -88,7 +87,6 @@ def test_aligned_curves_interpolate_inside_a_run_only():
     got = convergence.aligned_curves(pd.concat([frame, late]), "loss/val")
     assert got["dtr", 0].tolist()[:3] == [4.0, 3.0, 2.0]
     assert np.isnan(got["dtr", 0].iloc[3])
-    assert convergence.final_values(frame, "loss/val")["value"].tolist() == [1.0, 4.0]
 
 
 def test_aligned_curves_on_other_axes():

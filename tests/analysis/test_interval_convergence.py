@@ -39,7 +39,7 @@ def test_every_row_is_what_the_comparison_of_its_interval_gives():
         "difference": convergence.paired_difference(frame, metric, "dtr")[1],
         "area_difference": convergence.area_difference(frame, metric, "dtr")[1],
         "probability": convergence.probability_of_improvement(frame, metric, "dtr"),
-        "speed_up": convergence.speed_up(convergence.steps_to_baseline(frame, metric), "dtr")[1],
+        "speed_up": convergence.speed_up(convergence.steps_to_baseline(frame, metric), "dtr").interval,
     }
     for quantity, interval in found.items():
         got = rows.loc[quantity, ["estimate", "low", "high"]].astype(float)

@@ -152,7 +152,8 @@ def test_use_is_the_share_of_timesteps():
 
 
 def test_a_plain_run_shares_everything_with_all(runs):
-    for use in (routing_budget.mask_use(runs[0]), routing_budget.measured_use(runs[0])):
+    allowed = routing_budget.mask_use(runs[0])
+    for use in (allowed, routing_budget.measured_use(allowed, activations.pooled_energy(runs[0]))):
         budget = routing_budget.routing_budget(use)
         np.testing.assert_array_equal(budget["per_timestep"].sel(group="always"), 32)
         np.testing.assert_array_equal(budget["churn"], 0)
@@ -168,7 +169,7 @@ def test_measured_use_leaves_out_what_is_allowed_but_silent():
     masks["a"][:6, 0] = False
     energy = np.array([[[1.0, 1.0, 1e-9], [1.0, 1.0, 0.5], [np.nan] * 3]])
     run = routed(masks, (0, 4, 8, 20), energy)
-    use = routing_budget.measured_use(run)
+    use = routing_budget.measured_use(routing_budget.mask_use(run), activations.pooled_energy(run))
     # Channel 0 is masked for task 0, although energy was (wrongly) found there.
     np.testing.assert_allclose(use[0], [[0, 1, 0], [0.5, 1, 1], [np.nan] * 3])
     budget = routing_budget.routing_budget(use)

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.speedup import speed_up, speed_up_bounds, speed_up_curve
+from analysis.speedup import speed_up, speed_up_curve
+from analysis.uncertainty import mean_interval
 from tests.analysis.tidy import tidy
 
 
@@ -19,20 +20,19 @@ def reached(baseline, method, budget=100.0):
 
 def test_geometric_mean_with_a_t_interval_on_logarithms():
     baseline, method = np.array([90.0, 80, 100]), np.array([45.0, 64, 50])
-    speed = speed_up_bounds(reached(baseline, method), "dtr")
+    speed = speed_up(reached(baseline, method), "dtr")
     logs = np.log(baseline / method)
     expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     assert speed.interval.estimate == pytest.approx(np.exp(logs.mean()))
     assert (speed.interval.low, speed.interval.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
     assert speed.mean_bounds == pytest.approx((speed.interval.estimate,) * 2)
     assert speed.median == pytest.approx(2.0)
-    ratio, interval = speed_up(reached(baseline, method), "dtr")
-    assert ratio.tolist() == pytest.approx([2, 1.25, 2])
-    assert interval == speed.interval
+    assert speed.ratios["low"].tolist() == pytest.approx([2, 1.25, 2])
+    assert np.isnan(speed.median_interval).all()
 
 
 def test_bounds_by_hand_where_runs_never_arrived():
-    speed = speed_up_bounds(reached([90, 80, None, None], [45, None, 50, None]), "dtr")
+    speed = speed_up(reached([90, 80, None, None], [45, None, 50, None]), "dtr")
     assert speed.ratios["low"].tolist() == [2, 0, 2, 0]
     assert speed.ratios["high"].tolist() == pytest.approx([2, 0.8, np.inf, np.inf])
     assert speed.mean_bounds == (0, np.inf)
@@ -43,10 +43,10 @@ def test_bounds_by_hand_where_runs_never_arrived():
 
 
 def test_the_mean_is_bounded_on_the_side_that_is_known_and_the_median_where_the_others_determine_it():
-    method_censored = speed_up_bounds(reached([90, 80, 100], [45, None, 25]), "dtr")
+    method_censored = speed_up(reached([90, 80, 100], [45, None, 25]), "dtr")
     assert method_censored.mean_bounds == pytest.approx((0, (2 * 0.8 * 4) ** (1 / 3)))
     assert method_censored.median == pytest.approx(2)  # below it lies 0.8 at most, above it 4
-    baseline_censored = speed_up_bounds(reached([90, None, 100], [45, 20, 25]), "dtr")
+    baseline_censored = speed_up(reached([90, None, 100], [45, 20, 25]), "dtr")
     assert baseline_censored.mean_bounds == pytest.approx(((2 * 5 * 4) ** (1 / 3), np.inf))
     assert baseline_censored.median == pytest.approx(4)
 
@@ -57,7 +57,7 @@ def test_bounds_hold_whatever_the_hidden_times_are():
     for _ in range(200):
         baseline, method = rng.uniform(20, 160, (2, 5))
         hidden = [[time if time <= 100 else None for time in times] for times in (baseline, method)]
-        speed = speed_up_bounds(reached(*hidden), "dtr")
+        speed = speed_up(reached(*hidden), "dtr")
         logs = np.log(baseline / method)
         for truth, (low, high) in ((logs.mean(), speed.mean_bounds), (np.median(logs), speed.median_bounds)):
             assert low * (1 - 1e-9) <= np.exp(truth) <= high * (1 + 1e-9)
@@ -65,15 +65,44 @@ def test_bounds_hold_whatever_the_hidden_times_are():
         assert np.isfinite(speed.interval.estimate) == complete
 
 
+def test_from_ten_seeds_on_whole_runs_are_resampled():
+    rng = np.random.default_rng(3)
+    baseline = rng.uniform(80, 100, 10)
+    speed = speed_up(reached(baseline, baseline / rng.lognormal(0.3, 0.2, 10)), "dtr")
+    logs = np.log(speed.ratios["low"].to_numpy())
+    expected = mean_interval(logs)
+    np.testing.assert_allclose(np.log([speed.interval.low, speed.interval.high]), [expected.low, expected.high])
+    student = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert np.log(speed.interval.low) != pytest.approx(student.low, abs=1e-6)
+    draws = np.median(logs[np.random.default_rng(0).integers(10, size=(2000, 10))], axis=1)
+    np.testing.assert_allclose(np.log(speed.median_interval), np.quantile(draws, [0.025, 0.975]))
+
+
+def test_the_interval_of_the_median_holds_with_runs_that_never_arrived():
+    """Of the truth's medians, with three in ten runs hidden on average."""
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(150):
+        baseline, method = rng.lognormal(4.0, 0.3, (2, 15)) * [[1.0], [0.8]]
+        hidden = [[time if time <= 65 else None for time in times] for times in (baseline, method)]
+        low, high = speed_up(reached(*hidden, budget=65.0), "dtr").median_interval
+        covered.append(low <= 1.25 <= high)
+    assert np.mean(covered) > 0.9
+    nobody = speed_up(reached([90.0] * 10, [None] * 10), "dtr")
+    assert nobody.median_interval == pytest.approx((0, 100 / 100 * 0.9))
+    both = speed_up(reached([None] * 10, [None] * 10), "dtr")
+    assert both.median_interval == (0, np.inf)
+
+
 def test_only_seeds_of_both_count_and_a_threshold_of_the_start_leaves_the_ratio_open():
     table = reached([90, 80], [45])
-    assert speed_up_bounds(table, "dtr").ratios.index.tolist() == [0]
-    assert speed_up(table, "absent")[0].empty
+    assert speed_up(table, "dtr").ratios.index.tolist() == [0]
+    assert speed_up(table, "absent").ratios.empty
     for there in ([0.0], [0.0]), ([50.0], [0.0]), ([0.0], [50.0]):
-        open_pair = speed_up_bounds(reached(*there), "dtr")
+        open_pair = speed_up(reached(*there), "dtr")
         assert open_pair.ratios.to_numpy().tolist() == [[0, np.inf]]
         assert np.isnan(open_pair.interval.estimate)
-    nothing = speed_up_bounds(reached([90], [None], budget=0.0), "dtr")  # ended before its first step
+    nothing = speed_up(reached([90], [None], budget=0.0), "dtr")  # ended before its first step
     assert nothing.ratios.to_numpy().tolist() == [[0, np.inf]]
 
 

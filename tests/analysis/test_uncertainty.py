@@ -99,6 +99,26 @@ def test_the_t_interval_of_three_runs_covers_where_the_bootstrap_does_not():
     assert coverage(lambda runs: mean_interval(runs.mean(axis=1)), 3, 800) == pytest.approx(0.95, abs=0.025)
 
 
+@pytest.mark.parametrize(("draw", "truth"), [("normal", 0.0), ("exponential", 1.0)])
+def test_from_ten_runs_on_intervals_of_means_resample_runs_and_cover(draw, truth):
+    """Percentiles cover 90 % there, Student's interval 90 % of a skewed distribution."""
+    rng = np.random.default_rng(7)
+    samples = getattr(rng, draw)(size=(1500, 10))
+    found = [mean_interval(sample) for sample in samples]
+    covered = np.mean([each.low < truth < each.high for each in found])
+    assert covered == pytest.approx(0.95, abs=0.025)
+    p_values = np.array([mean_p_value(sample - truth) for sample in samples])
+    np.testing.assert_array_equal(p_values[:50] > 0.06, [each.low < truth < each.high for each in found[:50]])
+    assert np.mean(p_values <= 0.05) == pytest.approx(0.05, abs=0.025)
+
+
+def test_ten_equal_runs_have_an_interval_without_width():
+    same = mean_interval([2.0] * 10)
+    assert (same.low, same.high) == (2.0, 2.0)
+    assert mean_p_value([2.0] * 10) == 0
+    assert mean_p_value(np.arange(10.0) + 100) == pytest.approx(2 / 2001)
+
+
 def test_a_paired_bootstrap_draws_seeds_and_takes_all_methods_along():
     rng = np.random.default_rng(4)
     shared = rng.normal(0, 10, (12, 1))

@@ -1,7 +1,8 @@
 """MLflow's own user interface on a comparison, in a real browser: what `dtr-lab ui` links to must show what it says."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from selenium.common.exceptions import (
@@ -79,8 +80,13 @@ def listed_runs(browser) -> set[str]:
 
 
 def open_card(browser, links, title: str):
-    """The card of one chart, found by MLflow's search box as a user would."""
+    """The card of one chart, found from the link that `dtr-lab ui` prints."""
     browser.get(links["charts"])
+    return find_card(browser, title)
+
+
+def find_card(browser, title: str):
+    """The card of one chart on a page of charts, found by MLflow's search box as a user would."""
     box = wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, CHART_SEARCH), "the search box")
     box.send_keys(title)
 
@@ -111,8 +117,15 @@ def test_loss_curves_of_all_runs_are_drawn(browser, links, demo_store):
 
 
 def test_conflict_heatmaps_follow_the_step_slider(browser, links, demo_store):
-    open_card(browser, links, "conflict_cosine")
-    click_on(browser, FULL_SCREEN, "the full screen button")
+    with only_clicks(browser, links, demo_store.experiment):
+        follow(browser, "charts")
+        find_card(browser, "conflict_cosine")
+        click_on(browser, FULL_SCREEN, "the full screen button")
+        move_the_slider(browser, demo_store)
+
+
+def move_the_slider(browser, demo_store) -> None:
+    """From the last step to the first: at each a picture of its own for every run."""
 
     def slider():
         return browser.find_element(By.CSS_SELECTOR, '[role="dialog"] [role="slider"]')
@@ -177,28 +190,41 @@ def follow(browser, text: str) -> None:
     browser.switch_to.window(new)
 
 
-def test_from_the_experiments_to_the_report_as_a_user_goes(browser, links, demo_store):
-    """Nothing but clicks: the experiment, its newest comparison, a run, the run beside it, the report."""
+@contextmanager
+def only_clicks(browser, links, experiment: str) -> Iterator[None]:
+    """Starts at the list of experiments and clicks one; windows that open on the way are closed again."""
     browser.get(links["runs"].split("#")[0] + "#/experiments")
     first = browser.current_window_handle
-    click_link(browser, demo_store.experiment)
-    follow(browser, "table")
-    wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the comparison's runs")
-    click_link(browser, "dtr-seed0")
+    click_link(browser, experiment)
+    try:
+        yield
+    finally:
+        for handle in set(browser.window_handles) - {first}:
+            browser.switch_to.window(handle)
+            browser.close()
+        browser.switch_to.window(first)
+
+
+def test_from_the_experiments_to_the_report_as_a_user_goes(browser, links, demo_store):
+    """Nothing but clicks: the experiment, its newest comparison, a run, the run beside it, the report."""
+    with only_clicks(browser, links, demo_store.experiment):
+        follow(browser, "table")
+        wait_for(browser, lambda: listed_runs(browser) >= set(demo_store.training_runs), "the comparison's runs")
+        click_link(browser, "dtr-seed0")
+        read_about_the_run(browser)
+        follow(browser, "baseline-seed0")
+        wait_for(browser, lambda: "Plain denoiser" in browser.page_source, "the run that it is compared with")
+        follow(browser, "report")
+        wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, "iframe"), "the report's frame")
+
+
+def read_about_the_run(browser) -> None:
     wait_for(browser, lambda: "Denoising Task Routing" in browser.page_source, "what the run is")
     menu = wait_for(browser, lambda: browser.find_element(By.TAG_NAME, "aside").text, "the menu")
     assert "Evaluation runs" not in menu, "a click must not lead into MLflow's mode for language models"
     for text in ("report", "table", "charts", "baseline-seed0"):
         link = link_named(browser, text)
         wait_for(browser, lambda link=link: browser.execute_script(CLEAR, link), f"nothing over the link {text!r}")
-    follow(browser, "baseline-seed0")
-    wait_for(browser, lambda: "Plain denoiser" in browser.page_source, "the run that it is compared with")
-    follow(browser, "report")
-    wait_for(browser, lambda: browser.find_element(By.CSS_SELECTOR, "iframe"), "the report's frame")
-    for handle in set(browser.window_handles) - {first}:
-        browser.switch_to.window(handle)
-        browser.close()
-    browser.switch_to.window(first)
 
 
 def test_baseline_and_dtr_are_compared_side_by_side(browser, links):

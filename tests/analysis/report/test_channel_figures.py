@@ -126,14 +126,18 @@ def test_specialisation_is_of_all_channels_of_all_seeds(runs):
     np.testing.assert_allclose(dtr.get_ydata(), np.mean(shares, axis=0))
 
 
+def used(run):
+    return routing_budget.measured_use(routing_budget.mask_use(run), activations.pooled_energy(run))
+
+
 def test_budget_bars_and_adherence(runs):
     made = routing_budget_figure(method_channels(runs))
     axes = made.figure.axes
-    budgets = [routing_budget.routing_budget(routing_budget.measured_use(run)) for run in of(runs, "dtr")]
+    budgets = [routing_budget.routing_budget(used(run)) for run in of(runs, "dtr")]
     expected = np.mean([(each["per_timestep"] / each["width"]).mean("block") for each in budgets], axis=0)
     heights = [bar.get_height() for bar in axes[2].patches if hasattr(bar, "get_height")]
     np.testing.assert_allclose(np.reshape(heights, (4, synthetic.K)).T, expected)
-    frequency = routing_budget.channel_frequency(routing_budget.measured_use(of(runs, "random")[0]))
+    frequency = routing_budget.channel_frequency(used(of(runs, "random")[0]))
     np.testing.assert_allclose(axes[4].lines[-1].get_ydata(), frequency[-1])
     assert (
         "DTR: intervals use 100.0% of the channels that they may use at any timestep; no others carry" in made.caption

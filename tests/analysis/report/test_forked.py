@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from functools import partial
 
@@ -43,3 +44,13 @@ def test_processes_have_one_thread_each():
     np.ones((2, 2)) @ np.ones((2, 2))
     for pools in forked_calls([threadpool_info, threadpool_info], processes=2):
         assert {pool["num_threads"] for pool in pools} <= {1}
+
+
+@only_linux
+def test_a_killed_process_is_explained():
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserInputError, match="was killed, probably for memory: free some, or compare fewer runs"):
+        forked_calls([die, die], processes=2)
+    assert _work == []

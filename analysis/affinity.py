@@ -22,7 +22,7 @@ import xarray as xr
 from scipy import stats
 
 from analysis.conflict import corrected_cosine, plain_cosine
-from analysis.gramians import STEP, Level, pool_runs
+from analysis.gramians import STEP, Level, join_probes, pool_runs
 from analysis.grouping import stack_runs
 from analysis.jackknife import Errors
 from analysis.significance import FALSE_DISCOVERY_RATE
@@ -87,7 +87,7 @@ def tag_affinity(
         UserInputError: If a run has no gradient probes, or errors over runs are asked of a single one.
     """
     gramian, count = pool_runs(_listed(runs), level)
-    loss = xr.concat([run["group_loss"] for run in _listed(runs)], STEP, join="exact")
+    loss = join_probes([run["group_loss"] for run in _listed(runs)])
     rate = learning_rate
     if isinstance(rate, xr.DataArray):  # steps occur once in every run, so they are no index to align on
         rate = xr.DataArray(rate.sel({STEP: gramian[STEP].values}).values, dims=STEP)
@@ -117,7 +117,8 @@ def affinity_film(
         UserInputError: If a run has no gradient probes.
         ValueError: If there are fewer steps with probes than windows.
     """
-    listed = _listed(runs)
+    # Without what is no part of a probe: each window takes a slice of all the rest.
+    listed = [run[[name for name, each in run.data_vars.items() if STEP in each.dims]] for run in _listed(runs)]
     steps = np.unique(np.concatenate([run[STEP].values for run in listed]))
     if not 1 <= windows <= len(steps):
         raise ValueError(f"windows must lie in 1..{len(steps)}, the number of probed steps; got {windows}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import xarray as xr
 
 from analysis.affinity import gradient_affinity, mask_overlap, mean_over_runs, tag_affinity
+from analysis.forked import forked_calls
+from analysis.grouping import group_by_method
 from analysis.representation import representation_affinity
 from analysis.specialists import specialist_reach
 from analysis.transfer import fine_tuning_affinity, look_ahead_affinity
@@ -23,6 +25,26 @@ _BY_RUNS: dict[str, tuple[str, Callable[[Sequence[xr.Dataset]], xr.DataArray]]] 
     FINE_TUNING: ("fine_tuning_change", functools.partial(fine_tuning_affinity, relative=True)),
 }
 """Measures taken of several runs, with the variable that a run must have."""
+
+
+def affinities_by_method(
+    runs: Sequence[xr.Dataset], specialists: Mapping[str, Sequence[xr.Dataset]] | None = None
+) -> dict[str, dict[str, xr.DataArray]]:
+    """`measured_affinities` of every method, side by side.
+
+    Args:
+        runs: Of any methods, over the same intervals.
+        specialists: By method, as of `specialists.usable_specialists`.
+    """
+    alone = specialists or {}
+    by_method = group_by_method(runs)
+    found = forked_calls(
+        [
+            functools.partial(measured_affinities, own, specialists=alone.get(method, ()))
+            for method, own in by_method.items()
+        ]
+    )
+    return dict(zip(by_method, found, strict=True))
 
 
 def measured_affinities(

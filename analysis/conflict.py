@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from analysis.jackknife import Errors, PooledProbes, pool_probes
+from analysis.jackknife import Errors, PooledProbes, pool_probes, signal_threshold
 from analysis.moments import as_other, diagonal
 
 
@@ -56,11 +56,12 @@ def corrected_cosine(gramian: xr.DataArray, count: xr.DataArray, *, errors: Erro
     """
     pool = pool_probes(gramian, count)
     found = pool.estimate("cosine", lambda means: _over_norms(means["product"], means["squared_norm"]), errors)
-    defined = _both(pool.is_positive(_squared_norm))
+    signal = pool.signal(_squared_norm)
+    defined = _both(signal > signal_threshold(len(pool.probes)))
     same = as_other(found["task"]) == found["task"]
     found["cosine"] = found["cosine"].where(~same, 1.0).where(defined)
     found["standard_error"] = found["standard_error"].where(~same, 0.0).where(defined)
-    found["signal"] = pool.signal(_squared_norm)
+    found["signal"] = signal
     share = pool.means["squared_norm"] / diagonal(pool.means["product"])
     share = share.where(share > 0)
     found["attenuation"] = (share * as_other(share)).where(defined & ~same) ** 0.5

@@ -218,14 +218,14 @@ def pool_runs(runs: Sequence[xr.Dataset], level: Level = "total") -> tuple[xr.Da
             f"the runs have different {level}s, whose Gramians cannot be pooled {level} by {level}: choose runs of one "
             "architecture, or pool them at the level 'total'"
         )
-    gramian = _joined([run_gramian(run, level) for run in runs])
-    count = _joined([run["group_count"] for run in runs])
+    gramian = join_probes([run_gramian(run, level) for run in runs])
+    count = join_probes([run["group_count"] for run in runs])
     of_run = (STEP, np.repeat(np.arange(len(runs)), [run.sizes[STEP] for run in runs]))
     return gramian.assign_coords(run=of_run), count.assign_coords(run=of_run)
 
 
-def _joined(parts: Sequence[xr.DataArray]) -> xr.DataArray:
-    """One after the other along the probes, with the labels of the first; a single one is not copied."""
+def join_probes(parts: Sequence[xr.DataArray]) -> xr.DataArray:
+    """Quantities of several runs one after the other along the probes, with the labels of the first."""
     first = parts[0]
     if len(parts) == 1:
         return first

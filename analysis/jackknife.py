@@ -57,7 +57,7 @@ class PooledProbes:
     probes: npt.NDArray[np.int64]
     run: npt.NDArray[np.int64]
 
-    @property
+    @functools.cached_property
     def means(self) -> xr.Dataset:
         """The averages over all probes."""
         return _ratio(self.sums.sum(_UNIT), self.numbers.sum(_UNIT))
@@ -67,6 +67,11 @@ class PooledProbes:
         """The same without coordinates: comparing them at each step of a statistic takes longer than computing it."""
         sums, numbers = (data.drop_vars(list(data.coords)) for data in (self.sums, self.numbers))
         return dataclasses.replace(self, sums=sums, numbers=numbers)
+
+    @functools.cached_property
+    def _without(self) -> xr.Dataset:
+        """The averages (unit, ...) over the probes of all other units."""
+        return _ratio(self.sums.sum(_UNIT) - self.sums, self.numbers.sum(_UNIT) - self.numbers)
 
     @property
     def runs(self) -> int:
@@ -126,7 +131,7 @@ class PooledProbes:
         units = len(self.probes)
         if units < 2:
             return xr.full_like(value, np.nan)
-        without = statistic(_ratio(self.sums.sum(_UNIT) - self.sums, self.numbers.sum(_UNIT) - self.numbers))
+        without = statistic(self._without)
         inverse_share = xr.DataArray(self.probes.sum() / self.probes, dims=_UNIT)
         pseudo = inverse_share * value - (inverse_share - 1) * without
         centre = (pseudo / inverse_share).sum(_UNIT, skipna=False)

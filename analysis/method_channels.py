@@ -12,6 +12,7 @@ import xarray as xr
 
 from analysis import grouping
 from analysis.activations import STEP, Site, channel_usage, late_energy
+from analysis.forked import forked_calls
 from analysis.routing_budget import mask_use, measured_use
 
 
@@ -59,10 +60,10 @@ class MethodChannels:
         """`routing_budget.measured_use` of each run: (run, block, task, channel)."""
         return measured_use(self.allowed, self.energy())
 
-    def prepare(self) -> None:
-        """Computes what most figures need, before processes are forked that would each compute it."""
-        self.energy()
-        _ = self.measured
+    def keep(self, late: xr.DataArray, energy: xr.DataArray, allowed: xr.DataArray, measured: xr.DataArray) -> None:
+        """Takes over what another process computed for the input."""
+        self._late["input"], self._energy["input"] = late, energy
+        self.allowed, self.measured = allowed, measured
 
     def usage(self, site: Site = "input") -> xr.Dataset:
         """`routing_budget.run_usage` of each run: (run, block) and (run, block, task)."""
@@ -72,6 +73,17 @@ class MethodChannels:
 def _filled(energy: xr.DataArray, probes: int) -> xr.DataArray:
     lacking = probes - energy.sizes[STEP]
     return energy.pad({STEP: (0, lacking)}) if lacking else energy
+
+
+def prepare(channels: Sequence[MethodChannels]) -> None:
+    """Computes what most figures need, side by side, before processes are forked that would each compute it."""
+
+    def needed(own: MethodChannels) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray, xr.DataArray]:
+        return own.late(), own.energy(), own.allowed, own.measured
+
+    found = forked_calls([functools.partial(needed, own) for own in channels])
+    for own, parts in zip(channels, found, strict=True):
+        own.keep(*parts)
 
 
 def method_channels(runs: Sequence[xr.Dataset]) -> dict[str, MethodChannels]:

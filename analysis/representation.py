@@ -6,15 +6,20 @@ What was measured, and how (residual stream behind each block, same images for a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from analysis.gramians import task_coordinates
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import RunManifest
 
-_BATCH = "representation_batch"
+FloatArray = npt.NDArray[np.float64]
 _TIMES = ("probed_timestep", "other_probed_timestep")
+_PAIR = ("task", "other_task")
 
 
 def timestep_cka(run: xr.Dataset, *, step: int | None = None) -> xr.DataArray:
@@ -34,7 +39,20 @@ def timestep_cka(run: xr.Dataset, *, step: int | None = None) -> xr.DataArray:
     Raises:
         UserInputError: If nothing was measured, or not at that step.
     """
-    return _cka(_hsic(run, step).sum(_BATCH, min_count=1)).rename("CKA").assign_attrs(long_name="CKA")
+    measured = _measured(run, step)
+    times = measured.timesteps
+    return xr.DataArray(
+        _cka(_total(measured.hsic)),
+        dims=("block", *_TIMES),
+        coords={
+            "block": run["block"].values,
+            _TIMES[0]: times,
+            _TIMES[1]: times,
+            "log_snr": (_TIMES[0], run["timestep_log_snr"].sel(timestep=times).values),
+        },
+        name="CKA",
+        attrs={"long_name": "CKA"},
+    )
 
 
 def representation_affinity(run: xr.Dataset, *, step: int | None = None, by_block: bool = False) -> xr.DataArray:
@@ -53,26 +71,39 @@ def representation_affinity(run: xr.Dataset, *, step: int | None = None, by_bloc
     Raises:
         UserInputError: If nothing was measured, or not at that step.
     """
-    hsic = _hsic(run, step)
+    measured = _measured(run, step)
     manifest = RunManifest.from_json(run.attrs["manifest"])
-    total = hsic.sum(_BATCH, min_count=1)
-    value = _by_task(_cka(total), manifest)
-    without = _by_task(_cka(total - hsic.fillna(0.0)), manifest)
+    bounds = manifest.interval_bounds
+    total = _total(measured.hsic)
+    value = _by_task(_cka(total), measured.timesteps, bounds)
+    without = _by_task(_cka(total - np.nan_to_num(measured.hsic)), measured.timesteps, bounds)
+    dims: tuple[str, ...] = ("block", *_PAIR)
     if not by_block:
-        value, without = value.mean("block"), without.mean("block")
-    batches = hsic.sizes[_BATCH]
-    spread = ((without - without.mean(_BATCH)) ** 2).sum(_BATCH, skipna=False)
-    error = ((batches - 1) / batches * spread) ** 0.5 if batches > 1 else value * np.nan
-    error = error.transpose(*value.dims).drop_vars(list(error.coords))
-    return (
-        value.rename("representation similarity")
-        .assign_coords(standard_error=error)
-        .assign_attrs(long_name="CKA", directed=False, units=batches)
+        value, without, dims = _mean_over_blocks(value, 0), _mean_over_blocks(without, 1), _PAIR
+    batches = len(measured.hsic)
+    spread = ((without - without.mean(0)) ** 2).sum(0)
+    error = np.sqrt((batches - 1) / batches * spread) if batches > 1 else np.full_like(value, np.nan)
+    tasks = task_coordinates(bounds, manifest.log_snr).coords
+    coords = {"block": run["block"].values} if by_block else {}
+    matrix = xr.DataArray(value, dims=dims, coords=coords, name="representation similarity").assign_coords(tasks)
+    return matrix.assign_coords(standard_error=(dims, error)).assign_attrs(
+        long_name="CKA", directed=False, units=batches
     )
 
 
-def _hsic(run: xr.Dataset, step: int | None) -> xr.DataArray:
-    """(block, representation_batch, probed_timestep, other_probed_timestep) of one checkpoint, batches without gaps."""
+class _Measured(NamedTuple):
+    """What was measured of one checkpoint, without what no batch had.
+
+    Attributes:
+        hsic: (batch, block, M, M).
+        timesteps: (M,).
+    """
+
+    hsic: FloatArray
+    timesteps: npt.NDArray[np.int64]
+
+
+def _measured(run: xr.Dataset, step: int | None) -> _Measured:
     if "representation_hsic" not in run:
         raise UserInputError(
             f"run {run.attrs.get('name', '')} has no measured representations: measure them with "
@@ -83,39 +114,42 @@ def _hsic(run: xr.Dataset, step: int | None) -> xr.DataArray:
         raise UserInputError(
             f"run {run.attrs.get('name', '')} has representations of step {', '.join(map(str, known))}, not {step}"
         )
-    hsic = run["representation_hsic"].sel(representation_step=known[-1] if step is None else step, drop=True)
-    for dim in (_BATCH, *_TIMES):
-        hsic = hsic.dropna(dim, how="all")
-    snr = run["timestep_log_snr"].sel(timestep=hsic[_TIMES[0]].values).values
-    return hsic.drop_vars([name for name in hsic.coords if name not in hsic.dims]).assign_coords(
-        log_snr=(_TIMES[0], snr)
+    dims = ("representation_step", "representation_batch", "block", *_TIMES)
+    hsic = (
+        run.variables["representation_hsic"].transpose(*dims).values[known.index(known[-1] if step is None else step)]
     )
+    there = np.isfinite(hsic)
+    batch, time = there.any((1, 2, 3)), there.any((0, 1, 3))
+    return _Measured(hsic[batch][:, :, time][..., time], run[_TIMES[0]].values[time])
 
 
-def _cka(hsic: xr.DataArray) -> xr.DataArray:
-    at = xr.DataArray(np.arange(hsic.sizes[_TIMES[0]]), dims=_TIMES[0])
-    own = hsic.isel({_TIMES[1]: at}).drop_vars(_TIMES[1])
-    norm = own.where(own > 0) ** 0.5
-    other = norm.drop_vars([name for name in norm.coords if name != _TIMES[0] and _TIMES[0] in norm[name].dims])
-    return hsic / (norm * other.rename({_TIMES[0]: _TIMES[1]}))
+def _total(hsic: FloatArray) -> FloatArray:
+    """Sum over batches, NaN where none has a value."""
+    return np.where(np.isfinite(hsic).any(0), np.nansum(hsic, axis=0), np.nan)
 
 
-def _by_task(cka: xr.DataArray, manifest: RunManifest) -> xr.DataArray:
-    """Mean over the defined pairs of different timesteps of each two intervals: (..., task, other_task)."""
-    bounds = manifest.interval_bounds
-    task = np.searchsorted(bounds, cka[_TIMES[0]].values, side="right") - 1
+def _cka(hsic: FloatArray) -> FloatArray:
+    """HSIC(t, t') / sqrt(HSIC(t, t) HSIC(t', t')) (..., M, M), NaN where a representation does not vary."""
+    own = np.diagonal(hsic, axis1=-2, axis2=-1)
+    norm = np.sqrt(np.where(own > 0, own, np.nan))
+    return hsic / (norm[..., :, None] * norm[..., None, :])
+
+
+def _by_task(cka: FloatArray, timesteps: npt.NDArray[np.int64], bounds: Sequence[int]) -> FloatArray:
+    """Mean over the defined pairs of different timesteps of each two intervals: (..., K, K)."""
+    task = np.searchsorted(bounds, timesteps, side="right") - 1
     count = len(bounds) - 1
     member = np.zeros((count, len(task)))
     member[task, np.arange(len(task))] = 1.0
-    lead = [dim for dim in cka.dims if dim not in _TIMES]
-    values = cka.transpose(*lead, *_TIMES).values
     # A timestep at which a block does nothing has no CKA; the others of its interval still have theirs.
-    known = np.isfinite(values) & ~np.eye(len(task), dtype=bool)
+    known = np.isfinite(cka) & ~np.eye(len(task), dtype=bool)
     pairs = member @ known.astype(float) @ member.T
-    sums = member @ np.where(known, values, 0.0) @ member.T
-    alone = np.eye(count, dtype=bool) & (member.sum(1) == 1)
+    sums = member @ np.where(known, cka, 0.0) @ member.T
     mean = np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs > 0)
-    mean = np.where(alone, 1.0, mean)
-    coords = {dim: cka[dim] for dim in lead if dim in cka.coords}
-    tasks = task_coordinates(bounds, manifest.log_snr).coords
-    return xr.DataArray(mean, dims=(*lead, "task", "other_task"), coords=coords).assign_coords(tasks)
+    return np.where(np.eye(count, dtype=bool) & (member.sum(1) == 1), 1.0, mean)
+
+
+def _mean_over_blocks(values: FloatArray, axis: int) -> FloatArray:
+    """Of the blocks in which a pair is defined; NaN where it is in none."""
+    known = np.isfinite(values).sum(axis)
+    return np.divide(np.nansum(values, axis=axis), known, out=np.full(known.shape, np.nan), where=known > 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pandas as pd
 
 from analysis.arrivals import Arrival, arrival_axis, steps_to_threshold
 from analysis.axes import Axis, Curve, paired_curves, seed_curves
-from analysis.uncertainty import FEW_SEEDS, Interval, bootstrap_runs, geometric_mean_interval
+from analysis.uncertainty import FEW_SEEDS, Interval, bootstrap_band, geometric_mean_interval
 
 _OPEN = 1e3
 """Logarithm that stands for an infinite one."""
@@ -32,22 +33,35 @@ class SpeedUp:
             any ratio is only bounded.
         mean_bounds: Of the geometric mean.
         median_bounds: Of the median (of logarithms, if it falls between two).
-        median_interval: From `uncertainty.FEW_SEEDS` seeds on, percentiles of the medians of resampled seeds (whole
-            runs): of their lower bounds below, of their upper bounds above, so censored runs do not spoil it. NaN for
-            fewer seeds.
     """
 
     ratios: pd.DataFrame
     interval: Interval
     mean_bounds: tuple[float, float]
     median_bounds: tuple[float, float]
-    median_interval: tuple[float, float]
 
     @property
     def median(self) -> float:
         """The median ratio if the uncensored ones determine it, else NaN."""
         low, high = self.median_bounds
         return low if np.isclose(low, high) else np.nan
+
+    @functools.cached_property
+    def median_interval(self) -> tuple[float, float]:
+        """From `uncertainty.FEW_SEEDS` seeds on, percentiles of the medians of resampled seeds (whole runs).
+
+        Of their lower bounds below, of their upper bounds above, so runs that never arrived do not spoil it. NaN for
+        fewer seeds.
+        """
+        if len(self.ratios) < FEW_SEEDS:
+            return np.nan, np.nan
+        # The middle of an open and a known end must be computable; what comes of an open end is open again afterwards.
+        with np.errstate(divide="ignore"):
+            logs = np.log(self.ratios[["low", "high"]].to_numpy()).clip(-_OPEN, _OPEN)
+        level = self.interval.level
+        band = bootstrap_band(logs, functools.partial(np.median, axis=0), level=level)
+        low, high = band.low[0], band.high[1]
+        return 0.0 if low < -_OPEN / 4 else float(np.exp(low)), np.inf if high > _OPEN / 4 else float(np.exp(high))
 
 
 def speed_up(reached: pd.DataFrame, method: str, baseline: str = "baseline", level: float = 0.95) -> SpeedUp:
@@ -90,18 +104,7 @@ def _compared(pairs: Pairs, level: float) -> SpeedUp:
     with np.errstate(divide="ignore"):
         logs = ratios.transform(np.log)
     mean, median = np.exp(logs.mean()), np.exp(logs.median())
-    bounds_of_median = median["low"], median["high"]
-    return SpeedUp(ratios, interval, (mean["low"], mean["high"]), bounds_of_median, _median_interval(logs, level))
-
-
-def _median_interval(logs: pd.DataFrame, level: float) -> tuple[float, float]:
-    if len(logs) < FEW_SEEDS:
-        return np.nan, np.nan
-    # The middle of an open and a known end must be computable; what comes of an open end is open again afterwards.
-    clipped = logs.clip(-_OPEN, _OPEN)
-    low = bootstrap_runs(clipped["low"].to_numpy(), np.median, level=level).low
-    high = bootstrap_runs(clipped["high"].to_numpy(), np.median, level=level).high
-    return 0.0 if low < -_OPEN / 4 else float(np.exp(low)), np.inf if high > _OPEN / 4 else float(np.exp(high))
+    return SpeedUp(ratios, interval, (mean["low"], mean["high"]), (median["low"], median["high"]))
 
 
 def _bounds(own: Arrival, other: Arrival) -> tuple[float, float]:

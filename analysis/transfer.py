@@ -13,15 +13,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 from scipy import stats
 
-from analysis.grouping import stack_runs
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import FINE_TUNING, LOOK_AHEAD
 
 Runs = xr.Dataset | Sequence[xr.Dataset]
+FloatArray = npt.NDArray[np.float64]
+Form = Callable[[FloatArray], FloatArray]
 
 _CURE = {
     LOOK_AHEAD: "`dtr-lab affinity CHECKPOINT --measures look_ahead`",
@@ -29,7 +31,6 @@ _CURE = {
 }
 _NAME = {LOOK_AHEAD: "measured look-ahead", FINE_TUNING: "fine-tuning transfer"}
 _PAIR = ("task", "other_task")
-_DRAW = ("step", "repeat")
 _OWN_LEVEL = 0.95
 """Confidence with which training on a task must help it, for other effects to be told as shares of that."""
 
@@ -65,10 +66,7 @@ def predicted_look_ahead(runs: Runs, *, step: int | None = None) -> xr.DataArray
     """
     found = _affinity(runs, LOOK_AHEAD, "predicted", step, None, False)
     if found.isnull().all():
-        raise UserInputError(
-            f"the look-aheads of run {_listed(runs)[0].attrs.get('name', '')} have no first-order form: it exists for "
-            "plain gradient descent on models that the Gramian covers (`dtr-lab affinity CHECKPOINT --optimizer sgd`)"
-        )
+        raise UserInputError(_no_first_order(_listed(runs)[0]))
     return found.rename("first-order look-ahead")
 
 
@@ -80,8 +78,12 @@ def first_order_slope(runs: Runs, *, step: int | None = None) -> float:
     Raises:
         UserInputError: As `predicted_look_ahead`.
     """
-    real, first = look_ahead_affinity(runs, step=step).values, predicted_look_ahead(runs, step=step).values
+    parts = ("change", "predicted")
+    each = [[_draws(run, LOOK_AHEAD, part, step, None).value for part in parts] for run in _listed(runs)]
+    real, first = np.mean(each, axis=0)
     known = np.isfinite(real) & np.isfinite(first)
+    if not known.any():
+        raise UserInputError(_no_first_order(_listed(runs)[0]))
     return float((real[known] * first[known]).sum() / (first[known] ** 2).sum())
 
 
@@ -135,86 +137,99 @@ class _Draws:
     """A run's affinity, and what it would be without one draw of samples at one checkpoint.
 
     Attributes:
-        value: (task, other_task), mean over checkpoints.
-        without: (step, repeat, task, other_task), NaN for draws that there are not.
+        value: (K, K) from the task trained on to the one affected, mean over checkpoints.
+        without: (checkpoint, repeat, K, K), NaN for draws that there are not.
     """
 
-    value: xr.DataArray
-    without: xr.DataArray
+    value: FloatArray
+    without: FloatArray
 
     @property
     def repeats(self) -> int:
-        return self.without.sizes["repeat"]
+        return self.without.shape[1]
 
-    def variance(self, values: xr.DataArray) -> xr.DataArray:
-        """Jackknife over draws, checkpoint by checkpoint, of a statistic taken of `without`; NaN for one draw."""
-        number = values.notnull().sum("repeat")
-        spread = ((values - values.mean("repeat")) ** 2).sum("repeat")
-        return ((number - 1) / number.where(number > 1) * spread).sum("step", skipna=False)
+    def variance(self, form: Form) -> FloatArray:
+        """Jackknife over draws, checkpoint by checkpoint, of what a form makes of `without`; NaN for one draw."""
+        values = form(self.without)
+        number = np.isfinite(values).sum(1)
+        mean = np.nansum(values, axis=1) / np.maximum(number, 1)
+        spread = np.nansum((values - mean[:, None]) ** 2, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return ((number - 1) / np.where(number > 1, number, np.nan) * spread).sum(0)
 
 
 def _affinity(
     runs: Runs, measure: str, part: str, step: int | None, updates: int | None, relative: bool
 ) -> xr.DataArray:
-    each = [_draws(run, measure, part, step, updates) for run in _listed(runs)]
-    by_run = stack_runs([draws.value for draws in each])
-    mean, count = by_run.mean("run", skipna=False), len(each)
+    listed = _listed(runs)
+    each = [_draws(run, measure, part, step, updates) for run in listed]
+    by_run = np.stack([draws.value for draws in each])
+    mean, count = by_run.mean(0), len(each)
     form = _share_of_own(mean, each) if relative else _as_it_is
     if count == 1:
-        units, variance = each[0].repeats, each[0].variance(form(each[0].without))
+        units, variance = each[0].repeats, each[0].variance(form)
     else:
         left_out = form((count * mean - by_run) / (count - 1))
-        spread = ((left_out - left_out.mean("run", skipna=False)) ** 2).sum("run", skipna=False)
-        units, variance = count, (count - 1) / count * spread
-    error = (variance**0.5).transpose(*_PAIR).values
-    value = form(mean).transpose(*_PAIR).rename(_NAME[measure]).assign_coords(standard_error=(_PAIR, error))
+        units, variance = count, (count - 1) / count * ((left_out - left_out.mean(0)) ** 2).sum(0)
+    tasks = {name: coord for name, coord in listed[0].coords.items() if coord.dims in (_PAIR[:1], _PAIR[1:])}
+    value = xr.DataArray(form(mean), tasks, _PAIR, name=_NAME[measure])
     said = "help relative to its own" if relative else "relative decrease of the loss"
-    return value.assign_attrs(long_name=said, directed=True, units=units)
+    return value.assign_coords(standard_error=(_PAIR, np.sqrt(variance))).assign_attrs(
+        long_name=said, directed=True, units=units
+    )
 
 
 def _draws(run: xr.Dataset, measure: str, part: str, step: int | None, updates: int | None) -> _Draws:
     """What was measured of a run, in one form for all measures."""
     _check(run, measure)
-    chosen = run[[f"{measure}_{each}" for each in ("before", "count", part)]]
-    if step is not None:
-        chosen = _at(chosen, f"{measure}_step", [step], run)
     made = int(run[f"{measure}_updates"][-1]) if updates is None else updates
-    chosen = _at(chosen, f"{measure}_updates", [made], run).squeeze(f"{measure}_updates", drop=True)
-    chosen = chosen.rename({f"{measure}_{dim}": dim for dim in _DRAW})
-    before, count, change = (chosen[f"{measure}_{each}"].transpose(..., *_PAIR) for each in ("before", "count", part))
+    at_updates = _place(run, f"{measure}_updates", made)
+    at_step = slice(None) if step is None else [_place(run, f"{measure}_step", step)]
+    dims = (*(f"{measure}_{dim}" for dim in ("updates", "step", "repeat")), *_PAIR)
+    before, number, change = (
+        run.variables[f"{measure}_{name}"].transpose(*dims).values[at_updates][at_step]
+        for name in ("before", "count", part)
+    )
     if part == "predicted":  # a mean, where the others are sums
-        change = change * count
-    saved, loss = -change.sum("repeat", min_count=1), before.sum("repeat", min_count=1)
-    by_step = saved / loss
-    value = by_step.mean("step")
-    value = value.drop_vars([name for name in value.coords if not set(value[name].dims) & set(_PAIR)])
-    without = ((saved + change.fillna(0.0)) / (loss - before.fillna(0.0))).where(before.notnull())
-    moved = value + (without - by_step) / by_step.sizes["step"]
-    return _Draws(value, moved.transpose(*_DRAW, *_PAIR).drop_vars([*_DRAW], errors="ignore"))
+        change = change * number
+    measured = np.isfinite(before)
+    saved, loss = np.where(measured, -change, 0.0), np.where(measured, before, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_step = saved.sum(1) / loss.sum(1)
+        without = (saved.sum(1, keepdims=True) - saved) / (loss.sum(1, keepdims=True) - loss)
+    value = by_step.mean(0)
+    moved = value + (without - by_step[:, None]) / len(by_step)
+    return _Draws(value, np.where(measured, moved, np.nan))
 
 
-def _share_of_own(mean: xr.DataArray, each: Sequence[_Draws]) -> Callable[[xr.DataArray], xr.DataArray]:
+def _share_of_own(mean: FloatArray, each: Sequence[_Draws]) -> Form:
     """Divides the columns of an affinity by its own diagonal, where that of the mean over runs is beyond noise.
 
     The noise that counts is that of the measurement, over draws of samples: runs may well differ in a true effect.
     """
-    own = _diagonal(mean)
-    variance = sum((_diagonal(draws.variance(draws.without)) for draws in each), xr.zeros_like(own)) / len(each) ** 2
+    own = np.diagonal(mean)
+    variance = sum(np.diagonal(draws.variance(_as_it_is)) for draws in each) / len(each) ** 2
     freedom = sum(draws.repeats - 1 for draws in each)
-    least = stats.t.ppf(_OWN_LEVEL, freedom) * variance**0.5 if freedom else xr.full_like(own, np.nan)
-    defined = own > least.fillna(0.0)  # a single draw has no error, and is taken as it is
-    return lambda values: values / _diagonal(values).where(defined)
+    least = stats.t.ppf(_OWN_LEVEL, freedom) * np.sqrt(variance) if freedom else np.zeros_like(own)
+    defined = own > np.nan_to_num(least)  # a single draw has no error, and is taken as it is
+
+    def form(values: FloatArray) -> FloatArray:
+        diagonal = np.diagonal(values, axis1=-2, axis2=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return values / np.where(defined, diagonal, np.nan)[..., None, :]
+
+    return form
 
 
-def _as_it_is(values: xr.DataArray) -> xr.DataArray:
+def _as_it_is(values: FloatArray) -> FloatArray:
     return values
 
 
-def _diagonal(values: xr.DataArray) -> xr.DataArray:
-    """The effect of each task on itself (..., other_task), without coordinates."""
-    at = xr.DataArray(np.arange(values.sizes["task"]), dims="other_task")
-    own = values.isel(task=at)
-    return own.drop_vars(list(own.coords))
+def _no_first_order(run: xr.Dataset) -> str:
+    return (
+        f"the look-aheads of run {run.attrs.get('name', '')} have no first-order form: it exists for plain gradient "
+        "descent on models that the Gramian covers (`dtr-lab affinity CHECKPOINT --optimizer sgd`)"
+    )
 
 
 def _listed(runs: Runs) -> Sequence[xr.Dataset]:
@@ -229,11 +244,9 @@ def _check(run: xr.Dataset, measure: str) -> None:
         )
 
 
-def _at(data: xr.Dataset, dim: str, values: list[int], run: xr.Dataset) -> xr.Dataset:
-    known = data[dim].values.tolist()
-    if not set(values) <= set(known):
-        raise UserInputError(
-            f"run {run.attrs.get('name', '')} has {dim.replace('_', ' ')} {', '.join(map(str, known))}, not "
-            f"{', '.join(map(str, values))}"
-        )
-    return data.sel({dim: values})
+def _place(run: xr.Dataset, dim: str, value: int) -> int:
+    known = run[dim].values.tolist()
+    if value not in known:
+        listed = ", ".join(map(str, known))
+        raise UserInputError(f"run {run.attrs.get('name', '')} has {dim.replace('_', ' ')} {listed}, not {value}")
+    return known.index(value)

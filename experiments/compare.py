@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 TABLES_DIR = "tables"
 FIGURES_DIR = "figures"
 _ALL = "all"
+_RUNS_AT_ONCE = 10
+"""That one process makes tables of."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +99,7 @@ def compare(
     Raises:
         UserInputError: If the runs cannot be loaded or compared, or ``out`` cannot be written to.
     """
-    from analysis.frames import curves_frame, interval_losses, runs_frame
+    from analysis.frames import interval_losses
     from analysis.report.figures import drawn_report
     from analysis.report.page import render_report
     from analysis.runs import locate_store
@@ -110,7 +113,7 @@ def compare(
     folder = Path(out) if out is not None else Path("runs") / "comparisons" / name
     for part in (folder, folder / TABLES_DIR, folder / FIGURES_DIR):
         writable_folder(part, "--out")
-    table, curves = runs_frame(runs), curves_frame(runs)
+    table, curves = _tabled(runs)
     summary = summary_frame(table, curves)
     said, sections = drawn_report(runs, summary, curves, specialists=specialists, pdf=pdf)
     said.warnings.extend(left_out)
@@ -186,6 +189,21 @@ def _load(
             "their probes cannot be pooled: choose runs with the same number by --runs or --comparison"
         )
     return runs, specialists, left_out
+
+
+def _tabled(runs: Sequence[xr.Dataset]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`runs_frame` and `curves_frame` of many runs, by several processes."""
+    import pandas as pd
+
+    from analysis.forked import forked_calls
+    from analysis.frames import curves_frame, runs_frame
+
+    def frames(part: Sequence[xr.Dataset]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return runs_frame(part), curves_frame(part)
+
+    parts = [runs[first : first + _RUNS_AT_ONCE] for first in range(0, len(runs), _RUNS_AT_ONCE)]
+    tables, curves = zip(*forked_calls([functools.partial(frames, part) for part in parts]), strict=True)
+    return pd.concat(tables, ignore_index=True), pd.concat(curves, ignore_index=True)
 
 
 def _validated(runs: Sequence[xr.Dataset], include_unfinished: bool) -> list[xr.Dataset]:

@@ -86,19 +86,25 @@ def write_cells(ax: Axes, image: AxesImage, values: npt.NDArray[np.float64]) -> 
         if np.isfinite(value):
             red, green, blue, _ = colours[row, column]
             colour = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
-            ax.text(column, row, _short(value), ha="center", va="center", fontsize=7, color=colour)
+            ax.text(
+                column, row, _short(value), ha="center", va="center", fontsize=7, color=colour, in_layout=False
+            )  # inside the axes anyway, and measuring so many texts takes longer than drawing them
 
 
 def hatch_cell(ax: Axes, row: int, column: int) -> None:
     """Marks a cell as undefined: hatched, never the colour of a value."""
     corner = (column - 0.5, row - 0.5)
-    ax.add_patch(Rectangle(corner, 1, 1, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0))
+    ax.add_patch(
+        Rectangle(corner, 1, 1, facecolor="#f2f2f2", edgecolor="#a6a6a6", hatch="////", linewidth=0, in_layout=False)
+    )
 
 
 def grey_diagonal(ax: Axes, size: int) -> None:
     """Covers a diagonal that is 1 by definition and says nothing."""
     for at in range(size):
-        ax.add_patch(Rectangle((at - 0.5, at - 0.5), 1, 1, facecolor="#d9d9d9", edgecolor="none", zorder=3))
+        ax.add_patch(
+            Rectangle((at - 0.5, at - 0.5), 1, 1, facecolor="#d9d9d9", edgecolor="none", zorder=3, in_layout=False)
+        )
 
 
 def label_intervals(ax: Axes, tasks: xr.DataArray | xr.Dataset, axis: str, *, log_snr: bool = True) -> None:

@@ -6,6 +6,7 @@ Every measure has a step dimension of its own, of the checkpoints that were meas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,8 @@ from lightning_modules.tracking.records import RunManifest
 SUMS = ("before", "change", "change_sq", "predicted")
 
 
-def read_transfer(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset | None:
-    """Look-aheads and fine-tunings, None if there are none.
+def read_transfer(shards: Sequence[Shard], manifest: RunManifest) -> list[xr.Dataset]:
+    """Look-aheads and fine-tunings, of each measure that there is.
 
     Returns:
         For each measure m of ``look_ahead`` and ``fine_tuning`` that there is, the variables ``m_before``,
@@ -30,23 +31,17 @@ def read_transfer(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset 
         other_task), ``task`` being the one trained on; ``m_count`` likewise, 0 where nothing was measured; and
         ``m_learning_rate``, ``m_optimizer`` (m_step).
     """
-    found = [
-        part
-        for measure in (records.LOOK_AHEAD, records.FINE_TUNING)
-        if (part := _read_measure(shards, measure, len(manifest.interval_bounds) - 1)) is not None
-    ]
-    return xr.merge(found) if found else None
+    read = [(shard.path, shard.read()) for shard in shards]
+    found = []
+    for measure in (records.LOOK_AHEAD, records.FINE_TUNING):
+        kept = [(path, table.filter(pc.equal(table["measure"].cast(pa.string()), measure))) for path, table in read]
+        tables = [(path, table) for path, table in kept if table.num_rows]
+        if tables:
+            found.append(_measured(tables, measure, len(manifest.interval_bounds) - 1))
+    return found
 
 
-def _read_measure(shards: Sequence[Shard], measure: str, tasks: int) -> xr.Dataset | None:
-    tables = []
-    for shard in shards:
-        table = shard.read()
-        table = table.filter(pc.equal(table["measure"].cast(pa.string()), measure))
-        if table.num_rows:
-            tables.append((shard.path, table))
-    if not tables:
-        return None
+def _measured(tables: Sequence[tuple[Path, pa.Table]], measure: str, tasks: int) -> xr.Dataset:
     axes = {name: _union([table for _, table in tables], name) for name in ("step", "updates", "repeat")}
     shape = (*(len(values) for values in axes.values()), tasks, tasks)
     sums = {name: np.full(shape, np.nan) for name in SUMS}

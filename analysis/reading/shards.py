@@ -75,19 +75,27 @@ def reduce_shards(
     """
     wanted = list(dict.fromkeys(("step", *columns)))
     groups = _groups(shards)
+    for group, table in _read_ahead(groups, wanted):
+        if table.num_rows:
+            try:
+                found = reduce(group[0].path, table)
+            except UserInputError:
+                for shard in group:
+                    reduce(shard.path, _read([shard], wanted))
+                raise
+            yield found
+
+
+def _read_ahead(groups: Sequence[list[Shard]], wanted: Sequence[str]) -> Iterator[tuple[list[Shard], pa.Table]]:
+    """Groups with their rows, each read while the one before it is at work."""
+    if len(groups) < 2:
+        yield from ((group, _read(group, wanted)) for group in groups)
+        return
     with ThreadPoolExecutor(1) as reader:
-        waiting = deque(reader.submit(_read, group, wanted) for group in groups[:1])
+        waiting = deque([reader.submit(_read, groups[0], wanted)])
         for place, group in enumerate(groups):
             waiting.extend(reader.submit(_read, ahead, wanted) for ahead in groups[place + 1 : place + 2])
-            table = waiting.popleft().result()
-            if table.num_rows:
-                try:
-                    found = reduce(group[0].path, table)
-                except UserInputError:
-                    for shard in group:
-                        reduce(shard.path, _read([shard], wanted))
-                    raise
-                yield found
+            yield group, waiting.popleft().result()
 
 
 def _groups(shards: Sequence[Shard]) -> list[list[Shard]]:

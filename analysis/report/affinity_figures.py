@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import xarray as xr
 
 from analysis import affinity
-from analysis.affinity_measures import NAMES, measured_affinities
+from analysis.affinity_measures import NAMES
 from analysis.agreement import agreement_table, distance_matrix, rank_correlation
 from analysis.gramians import STEP
 from analysis.grouping import group_by_method
@@ -77,22 +77,16 @@ def affinity_film_figure(runs: Runs) -> ReportFigure | None:
     )
 
 
-def agreement_figure(runs: Runs, specialists: Mapping[str, Runs] | None = None) -> ReportFigure | None:
+def agreement_figure(affinities: Mapping[str, Mapping[str, xr.DataArray]]) -> ReportFigure | None:
     """Rank correlations between all affinities of each method; None if no method has two.
 
     Args:
-        runs: What was compared.
-        specialists: By method, as of `specialists.usable_specialists`.
+        affinities: By method and name, of `affinity_measures.affinities_by_method`.
     """
-    alone = specialists or {}
-    by_method = {
-        method: measured_affinities(own, specialists=alone.get(method, ()))
-        for method, own in group_by_method(runs).items()
-    }
-    by_method = {method: found for method, found in by_method.items() if len(found) > 1}
+    by_method = {method: found for method, found in affinities.items() if len(found) > 1}
     if not by_method:
         return None
-    near = _closeness(runs[0])
+    near = _closeness(next(iter(next(iter(by_method.values())).values())))
     names = [name for name in NAMES if any(name in found for found in by_method.values())] + list(near)
     side = 1.0 + 0.32 * len(names)
     figure, axes = panels(1, len(by_method), width=side, height=side, square=True)

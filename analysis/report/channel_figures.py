@@ -14,7 +14,7 @@ from analysis.methods import method_name
 from analysis.plots.channel_shares import plot_block_task_shares, plot_specialisation, plot_usage_by_block
 from analysis.plots.channels import plot_channel_usage, plot_mask_use, plot_task_shares
 from analysis.plots.curves import plot_curves
-from analysis.report.panels import ReportFigure, keep_outer_labels, panels
+from analysis.report.panels import ReportFigure, keep_outer_axes, keep_outer_labels, panels
 
 Channels = Mapping[str, MethodChannels]
 _BLOCK_INCHES = 0.3
@@ -43,7 +43,7 @@ def channels_figure(channels: Channels, shown_blocks: int = 4) -> ReportFigure:
             plot_channel_usage(shown / shown.mean("channel"), allowed=allowed, title=block, colorbar=last, ax=ax)
         for ax in axes[1 + len(blocks) :, column]:
             ax.set_axis_off()
-    keep_outer_labels(axes)
+    keep_outer_axes(axes, same_x=False)
     return ReportFigure(
         "channels",
         "Who uses which channels",

@@ -16,7 +16,7 @@ from analysis.plots.curves import plot_conflict_rate
 from analysis.plots.matrices import plot_conflict_matrix
 from analysis.plots.style import method_colour
 from analysis.plots.tasks import plot_noise_scale, plot_task_values
-from analysis.report.panels import ReportFigure, Runs, colour_limit, keep_outer_labels, panels
+from analysis.report.panels import ReportFigure, Runs, colour_limit, keep_outer_axes, keep_outer_labels, panels
 from lightning_modules.tracking.records import RunManifest
 
 
@@ -37,7 +37,7 @@ def conflict_figure(runs: Runs) -> ReportFigure:
                 colorbar=column == len(methods) - 1,
                 ax=axes[row][column],
             )
-    keep_outer_labels(axes)
+    keep_outer_axes(axes)
     return ReportFigure(
         "conflict_matrix",
         "Which timesteps help and which fight each other",

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from analysis.affinity_measures import affinities_by_method
+from analysis.forked import forked_calls
 from analysis.gramians import with_total
-from analysis.method_channels import method_channels
+from analysis.method_channels import method_channels, prepare
 from analysis.report.affinity_figures import affinity_figure, affinity_film_figure, agreement_figure
 from analysis.report.channel_figures import (
     channel_count_figure,
@@ -35,7 +37,6 @@ from analysis.report.convergence_figures import (
     intervals_figure,
     speed_up_figure,
 )
-from analysis.report.forked import forked_calls
 from analysis.report.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
 from analysis.report.timestep_figures import representation_figure
@@ -97,9 +98,9 @@ def _sections(made: list[tuple[str, AnyFigure]]) -> list[ReportSection[AnyFigure
 def _planned(runs: Runs, curves: pd.DataFrame, specialists: Specialists) -> list[tuple[str, Maker, Runs]]:
     """Section, maker, and the runs that have the variable that the figure shows; without those that have none."""
     channels = method_channels(runs)
-    for own in channels.values():
-        own.prepare()
+    prepare(list(channels.values()))
     summed = [with_total(run) if "gramian" in run else run for run in runs]
+    affinities = affinities_by_method(summed, specialists)
     makers: dict[str, list[tuple[str, Maker]]] = {
         "Convergence": [
             ("val_loss", lambda _: curves_figure(curves)),
@@ -121,12 +122,12 @@ def _planned(runs: Runs, curves: pd.DataFrame, specialists: Specialists) -> list
         "Task affinity": [
             ("gramian", affinity_figure),
             ("gramian", affinity_film_figure),
-            ("val_loss", measured_figure),
+            ("val_loss", lambda _: measured_figure(affinities)),
             ("val_loss", measured_film_figure),
             ("val_loss", look_ahead_figure),
             ("val_loss", lambda usable: sharing_figure(usable, specialists)),
             ("val_loss", representation_figure),
-            ("val_loss", lambda usable: agreement_figure(usable, specialists)),
+            ("val_loss", lambda _: agreement_figure(affinities)),
             ("gramian", clusters_figure),
         ],
         "Channels": [

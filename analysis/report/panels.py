@@ -147,6 +147,25 @@ def keep_outer_labels(axes: np.ndarray) -> None:
             ax.set_xlabel("")
 
 
+def keep_outer_axes(axes: np.ndarray, *, same_x: bool = True) -> None:
+    """As `keep_outer_labels`, of axes that are the same in a row and in a column: numbers stand at the edges only, too.
+
+    Args:
+        axes: (rows, columns) of panels; those switched off do not count.
+        same_x: Whether horizontal axes are the same in a column.
+    """
+    shown = np.array([[ax.axison for ax in row] for row in axes])
+    for (row, column), ax in np.ndenumerate(axes):
+        if shown[row, :column].any():
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+        if shown[row + 1 :, column].any():
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=not same_x)
+        if same_x and shown[:row, column].any():
+            ax.child_axes.clear()  # log-SNR above
+
+
 def colour_limit(matrices: Sequence[xr.DataArray]) -> float:
     """The largest off-diagonal magnitude, rounded up to a tenth, between 0.2 and 1: one scale for a whole figure."""
     largest = 0.0

@@ -13,7 +13,7 @@ from analysis.plots.channel_shares import plot_routing_budget
 from analysis.plots.channels import plot_channel_frequency
 from analysis.plots.matrices import plot_overlap
 from analysis.plots.style import method_colour
-from analysis.report.panels import ReportFigure, keep_outer_labels, panels
+from analysis.report.panels import ReportFigure, keep_outer_axes, panels
 
 
 def routing_budget_figure(channels: Mapping[str, MethodChannels]) -> ReportFigure:
@@ -77,7 +77,7 @@ def channel_overlap_figure(channels: Mapping[str, MethodChannels]) -> ReportFigu
         plot_overlap(used, title=f"{name}: channels in use", colorbar=last, ax=axes[1][column])
         shared = activations.energy_overlap(own.energy())
         plot_overlap(shared, title=f"{name}: energy", colorbar=last, ax=axes[2][column])
-    keep_outer_labels(axes)
+    keep_outer_axes(axes)
     return ReportFigure(
         "channel_overlap",
         "Which intervals share channels",

@@ -8,7 +8,7 @@ import xarray as xr
 from analysis.grouping import group_by_method, stack_runs, with_same_blocks
 from analysis.methods import method_name
 from analysis.plots.timesteps import plot_timestep_affinity, plot_timestep_cka
-from analysis.report.panels import ReportFigure, Runs, keep_outer_labels, panels
+from analysis.report.panels import ReportFigure, Runs, keep_outer_axes, panels
 from analysis.representation import timestep_cka
 
 _TIMES = ["probed_timestep", "other_probed_timestep"]
@@ -24,7 +24,7 @@ def timestep_affinity_figure(affinity: xr.Dataset) -> ReportFigure:
     plain = affinity["plain_cosine"].assign_coords(log_snr=affinity["log_snr"])
     plot_timestep_affinity(plain, title="plain", colorbar=False, ax=axes[0][0])
     plot_timestep_affinity(affinity["cosine"], title="noise-corrected", ax=axes[0][1])
-    keep_outer_labels(axes)
+    keep_outer_axes(axes)
     return ReportFigure(
         "timestep_affinity",
         "Affinity between single timesteps",
@@ -60,7 +60,7 @@ def representation_figure(runs: Runs, shown_blocks: int = 4) -> ReportFigure | N
             ax.set_axis_off()
     image = axes[0][0].images[0]
     figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, label="CKA", extend="min" if low > 0 else "neither")
-    keep_outer_labels(axes)
+    keep_outer_axes(axes)
     return ReportFigure(
         "representation_similarity",
         "How alike are the representations at different timesteps?",

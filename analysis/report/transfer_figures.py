@@ -8,26 +8,30 @@ import numpy as np
 import xarray as xr
 
 from analysis.affinity import significant_cells
-from analysis.affinity_measures import FINE_TUNING, LOOK_AHEAD, REPRESENTATION, measured_affinities
+from analysis.affinity_measures import FINE_TUNING, LOOK_AHEAD, REPRESENTATION
 from analysis.grouping import group_by_method
 from analysis.methods import method_name
 from analysis.plots.affinity import plot_affinity, plot_affinity_film
 from analysis.plots.look_ahead import plot_look_ahead
 from analysis.plots.tasks import plot_task_values
-from analysis.report.panels import ReportFigure, Runs, film_panels, keep_outer_labels, panels
+from analysis.report.panels import ReportFigure, Runs, film_panels, keep_outer_axes, keep_outer_labels, panels
 from analysis.specialists import negative_transfer_gap, specialist_affinity
 from analysis.transfer import first_order_slope, look_ahead_affinity, predicted_look_ahead, transfer_film
 from analysis.uncertainty import mean_interval
 from lightning_modules.tracking import records
 
+Affinities = Mapping[str, Mapping[str, xr.DataArray]]
 _MEASURED = {LOOK_AHEAD: "look-ahead / own", FINE_TUNING: "fine-tuning / own", REPRESENTATION: "CKA"}
 _LAST_CHECKPOINTS = 6
 
 
-def measured_figure(runs: Runs) -> ReportFigure | None:
-    """Look-ahead, fine-tuning and representation similarity of each method; None where none was measured."""
-    found = {method: measured_affinities(own, _MEASURED) for method, own in group_by_method(runs).items()}
-    found = {method: own for method, own in found.items() if own}
+def measured_figure(affinities: Affinities) -> ReportFigure | None:
+    """Look-ahead, fine-tuning and representation similarity of each method; None where none was measured.
+
+    Args:
+        affinities: By method and name, of `affinity_measures.affinities_by_method`.
+    """
+    found = {method: own for method, own in affinities.items() if any(name in own for name in _MEASURED)}
     names = [name for name in _MEASURED if any(name in own for own in found.values())]
     if not names:
         return None
@@ -48,7 +52,7 @@ def measured_figure(runs: Runs) -> ReportFigure | None:
             colorbar=name in last_of_scale,
             ax=ax,
         )
-    keep_outer_labels(axes)
+    keep_outer_axes(axes)
     return ReportFigure(
         "measured_affinity",
         "Who helps whom, measured by training on one interval",
@@ -109,7 +113,7 @@ def look_ahead_figure(runs: Runs) -> ReportFigure | None:
             colorbar=column == len(pairs) - 1,
             ax=axes[0][column],
         )
-    keep_outer_labels(axes)
+    keep_outer_axes(axes)
     return ReportFigure(
         "look_ahead_prediction",
         "Does a step do what the gradients promise?",

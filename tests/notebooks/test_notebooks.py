@@ -17,7 +17,7 @@ from tests.analysis import measured, synthetic
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = ["01_quickstart", "02_gradient_conflict", "03_task_affinity", "04_convergence", "05_channels"]
-PICTURES = {"01_quickstart": 5, "02_gradient_conflict": 6, "03_task_affinity": 6, "04_convergence": 6, "05_channels": 8}
+PICTURES = {"01_quickstart": 5, "02_gradient_conflict": 6, "03_task_affinity": 9, "04_convergence": 6, "05_channels": 8}
 """The least number of pictures that each shows."""
 
 
@@ -83,7 +83,8 @@ def test_notebook_executes(name, store, tmp_path):
 def test_what_was_not_measured_is_told_and_not_drawn(plain_store, tmp_path):
     outputs = execute("03_task_affinity", plain_store, tmp_path)
     assert "with measured affinities: 0" in said(outputs)
-    assert "no specialist runs: make some with `dtr-lab specialists`" in said(outputs)
+    assert "no specialists: train some with `dtr-lab specialists`" in said(outputs)
+    assert "no measured look-aheads" in said(outputs)
     assert pictures(outputs) >= 3
 
 

@@ -5,8 +5,10 @@ the sizes it makes, and measures
 
 - *load_seconds*, *peak_rss_gb*: one long run, loaded and reduced to curves, cosines with their errors over the network
   and for each layer, conflict rates, z-scores, noise scales and the use of channels;
-- *compare_100_runs_seconds*: ``dtr-lab compare`` of 100 runs such as the demo's, with all figures and the page;
+- *compare_100_runs_seconds*: ``dtr-lab compare`` of 100 runs such as the demo's, `dtr-lab affinity` included, with all
+  figures and the page;
 - *compare_100_larger_runs_seconds*: of 100 runs of a DiT-S/4, 20,000 steps each, 30 times as many numbers;
+- *report_mb*: the largest of these pages;
 - *speedup_over_metrics*: the same numbers read back from MLflow as metrics, one key for each, over Parquet.
 
 Every round of these is a process of its own, on files that the operating system has in its memory. Imports are not

@@ -26,6 +26,8 @@ _SIGNAL_SAMPLES = 20.0
 """Samples at which the noise of a made-up gradient equals its signal."""
 _CLOCK_EVERY = 50
 """Steps between two readings of the training clock, as Lightning's ``log_every_n_steps``."""
+_REPEATS, _TUNINGS, _UPDATES, _BATCHES, _TIMES = 16, 2, (10, 100), 4, 32
+"""Of `dtr-lab affinity`: draws of its look-ahead and of its fine-tunings, updates of these, batches, timesteps."""
 _FASTER = {"dtr": 1.2, "dtr-wide": 1.1}
 
 FloatArray = npt.NDArray[np.float64]
@@ -46,6 +48,8 @@ def write_telemetry(folder: Path, workload: Workload, method: str, seed: int) ->
         (records.CHANNEL_ACTIVATION, _activations(workload, rng)),
         (records.TRAINING_TIME, _clock(workload)),
     )
+    if workload.affinity:
+        _write_affinity(folder, workload, rng)
     number = 0
     for table, measured in sources:
         (folder / table).mkdir(exist_ok=True)
@@ -155,6 +159,58 @@ def _activations(workload: Workload, rng: np.random.Generator) -> Iterator[tuple
 def _clock(workload: Workload) -> Iterator[tuple[int, Columns]]:
     for step in workload.times(_CLOCK_EVERY):
         yield step, {"step": [step], "seconds": [step * workload.seconds_per_step]}
+
+
+def _write_affinity(folder: Path, workload: Workload, rng: np.random.Generator) -> None:
+    """What `dtr-lab affinity` adds for the last checkpoint: a file for each measure."""
+    pieces = {
+        (records.TASK_TRANSFER, records.LOOK_AHEAD): [_transfer(workload, rng, 1, each) for each in range(_REPEATS)],
+        (records.TASK_TRANSFER, records.FINE_TUNING): [
+            _transfer(workload, rng, updates, each) for updates in _UPDATES for each in range(_TUNINGS)
+        ],
+        (records.REPRESENTATION, records.REPRESENTATION): [_hsic(workload, rng, batch) for batch in range(_BATCHES)],
+    }
+    for (table, measure), rows in pieces.items():
+        (folder / table).mkdir(exist_ok=True)
+        content = shard_bytes(table, [record_batch(table, each) for each in rows], attempt=1, resumed_from=None)
+        (folder / table / f"{measure}-step-{workload.steps:08d}.parquet").write_bytes(content)
+
+
+def _transfer(workload: Workload, rng: np.random.Generator, updates: int, repeat: int) -> Columns:
+    """One draw of a look-ahead (one update) or a fine-tuning (more of them), in which neighbours help each other."""
+    tasks, samples = workload.tasks, 64
+    distance = np.abs(np.subtract.outer(np.arange(tasks), np.arange(tasks)))
+    loss = np.linspace(0.6, 0.03, tasks)
+    saved = 0.01 * np.exp(-distance / 2) - (0.02 * distance if updates > 1 else 0.0)
+    change = -loss * (saved + 0.001 * rng.standard_normal((tasks, tasks)))
+    return {
+        "step": workload.steps,
+        "measure": records.LOOK_AHEAD if updates == 1 else records.FINE_TUNING,
+        "optimizer": "sgd" if updates == 1 else "adamw",
+        "learning_rate": np.full(tasks, 1e-4),
+        "repeat": repeat,
+        "updates": updates,
+        "source": np.arange(tasks),
+        "count": np.full((tasks, tasks), samples),
+        "before": np.tile(samples * loss, (tasks, 1)),
+        "change": samples * change,
+        "change_sq": 2 * samples * change**2,
+        "predicted": 1.05 * change if updates == 1 else np.full((tasks, tasks), np.nan),
+    }
+
+
+def _hsic(workload: Workload, rng: np.random.Generator, batch: int) -> Columns:
+    times = np.linspace(0, workload.num_timesteps - 1, min(_TIMES, workload.num_timesteps)).astype(int)
+    near = np.exp(-np.abs(np.subtract.outer(times, times)) / (0.4 * workload.num_timesteps))
+    values = near * (1 + 0.01 * rng.standard_normal((workload.blocks, *near.shape)))
+    return {
+        "step": workload.steps,
+        "block": workload.block_names,
+        "batch": batch,
+        "count": 128,
+        "timesteps": np.tile(times, (workload.blocks, 1)),
+        "hsic": values.reshape(workload.blocks, -1),
+    }
 
 
 def _masks(workload: Workload, manifest: records.RunManifest) -> bytes:

@@ -60,12 +60,14 @@ def measure_compared(uri: str, experiment: str = COMPARED) -> Numbers:
     numbers: Numbers = {}
     with _timed(numbers, "import_seconds"):
         _import("analysis.runs", "analysis.report.page", "experiments.compare", "lightning_modules.tracking.store")
+        _import("mlflow.store.tracking.sqlalchemy_store")  # which MLflow puts off to the first client
     from experiments.compare import compare
 
     with tempfile.TemporaryDirectory() as out:
         with _timed(numbers, "seconds"):
             compare(uri, experiment=experiment, out=out, log=False)
         numbers["figures"] = len(list(Path(out).glob("figures/*.png")))
+        numbers["report_mb"] = (Path(out) / "report.html").stat().st_size / 1e6
     return {**numbers, "peak_rss_gb": peak_rss_bytes() / 1e9}
 
 

@@ -39,6 +39,7 @@ class Workload:
         num_timesteps: T.
         tasks: K.
         halves: Halves of each task.
+        affinity: Whether `dtr-lab affinity` measured the last checkpoint, at its defaults.
     """
 
     steps: int
@@ -56,6 +57,7 @@ class Workload:
     num_timesteps: int = 1000
     tasks: int = 8
     halves: int = 2
+    affinity: bool = False
 
     def shard_ends(self) -> list[int]:
         """The last step of each shard: the writer makes one of every table after some seconds, and at checkpoints."""
@@ -170,7 +172,7 @@ FULL = Plan(
         blocks=28,
         channels=1152,
     ),
-    # What `dtr-lab demo` trains: experiments/digits with its probes.
+    # What `dtr-lab demo` trains and measures: experiments/digits with its probes.
     compared=Workload(
         steps=1_500,
         batch_size=64,
@@ -184,6 +186,7 @@ FULL = Plan(
         layers=26,
         blocks=4,
         channels=64,
+        affinity=True,
     ),
     # The DiT-S/4 and the checkpoints of experiments/image_folder, at fifty steps a second.
     larger=Workload(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 
-from analysis.affinity_measures import SPECIALISTS, measured_affinities
+from analysis.affinity_measures import SPECIALISTS, affinities_by_method, measured_affinities
 from analysis.report.affinity_figures import agreement_figure
 from analysis.report.transfer_figures import look_ahead_figure, measured_figure, measured_film_figure, sharing_figure
 from analysis.specialists import negative_transfer_gap, specialist_affinity
@@ -25,7 +25,7 @@ def shown(ax):
 
 
 def test_measured_figure_shows_the_measures_of_each_method(measured_runs, runs):
-    report = measured_figure(measured_runs)
+    report = measured_figure(affinities_by_method(measured_runs))
     panels = [ax for ax in report.figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in panels] == [
         "Baseline: look-ahead / own",
@@ -36,7 +36,7 @@ def test_measured_figure_shows_the_measures_of_each_method(measured_runs, runs):
     for ax, name in zip(panels, list(found)[2:], strict=True):
         np.testing.assert_array_equal(shown(ax), found[name])
     assert [ax.images[0].get_clim() for ax in panels] == [(-1, 1), (-1, 1), (0, 1)]
-    assert measured_figure(runs) is None
+    assert measured_figure(affinities_by_method(runs)) is None
 
 
 def test_film_has_the_checkpoints_of_the_methods_that_were_measured(measured_runs):
@@ -106,6 +106,6 @@ def test_specialists_take_part_in_the_agreement(measured_runs):
     own = of(measured_runs, "baseline")
     _, alone = specialised([0, 1])
     assert SPECIALISTS in measured_affinities(own, specialists=alone)
-    report = agreement_figure(measured_runs, {"baseline": alone})
+    report = agreement_figure(affinities_by_method(measured_runs, {"baseline": alone}))
     panel = next(ax for ax in report.figure.axes if ax.get_title() == "Baseline")
     assert SPECIALISTS in [label.get_text() for label in panel.get_xticklabels()]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from analysis.affinity_measures import measured_affinities
 from analysis.reading.telemetry import read_telemetry
 from experiments.benchmarks.analysis import report, tasks, workloads
 from experiments.benchmarks.analysis.generate import write_telemetry
@@ -63,11 +64,14 @@ def test_all_figures_of_the_comparison_are_made(tmp_path, monkeypatch):
         compared.extend(run.attrs["run_id"] for run in load_runs(uri, experiment=experiment, comparison="latest"))
         (Path(out) / "figures").mkdir()
         (Path(out) / "figures" / "one.png").touch()
+        (Path(out) / "report.html").write_bytes(bytes(2_000_000))
+        (run,) = load_runs(uri, run_ids=ids[:1])
+        assert {"look-ahead", "fine-tuning", "representation (CKA)"} <= set(measured_affinities([run]))
 
     monkeypatch.setattr("experiments.compare.compare", compare)
     measured = tasks.measure_compared(uri)
     assert compared == ids
-    assert measured["figures"] == 1
+    assert (measured["figures"], measured["report_mb"]) == (1, 2.0)
     assert tasks.TASKS[tasks.LARGER].keywords == {"experiment": tasks.LARGER}
     assert measured["seconds"] > 0
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from analysis.report.forked import _work, forked_calls
+from analysis.forked import _work, forked_calls
 from lightning_modules.errors import UserInputError
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")

@@ -17,7 +17,7 @@ from tests.analysis import measured, synthetic
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = ["01_quickstart", "02_gradient_conflict", "03_task_affinity", "04_convergence", "05_channels"]
-PICTURES = {"01_quickstart": 5, "02_gradient_conflict": 6, "03_task_affinity": 9, "04_convergence": 6, "05_channels": 8}
+PICTURES = {"01_quickstart": 5, "02_gradient_conflict": 6, "03_task_affinity": 8, "04_convergence": 6, "05_channels": 8}
 """The least number of pictures that each shows."""
 
 

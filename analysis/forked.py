@@ -46,8 +46,8 @@ def forked_calls(calls: Sequence[Callable[[], Any]], processes: int | None = Non
             return list(results)
     except BrokenProcessPool as error:
         raise UserInputError(
-            f"a process that drew figures was killed, probably for memory: free some, or compare fewer runs (--runs); "
-            f"{number} processes worked side by side, `taskset -c 0 dtr-lab compare ...` uses one"
+            "a process that made figures or tables was killed, probably for memory: free some, or compare fewer runs "
+            f"(--runs); {number} processes worked side by side, `taskset -c 0 dtr-lab compare ...` uses one"
         ) from error
     finally:
         _work.pop()

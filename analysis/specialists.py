@@ -151,8 +151,17 @@ def _losses_alone(specialists: Sequence[xr.Dataset]) -> Losses:
     for run in specialists:
         task = RunManifest.from_json(run.attrs["manifest"]).trained_task
         if task is not None and "val_loss" in run:
-            alone.setdefault(run.attrs["seed"], {})[task] = _final(run)
+            _keep(alone.setdefault(run.attrs["seed"], {}), task, run)
     return alone
+
+
+def _keep(found: dict[int, xr.DataArray], key: int, run: xr.Dataset) -> None:
+    if key in found:
+        raise UserInputError(
+            f"several runs stand for one in seed {run.attrs['seed']}, such as {run.attrs.get('name', '')}: choose the "
+            "runs of one comparison (`--comparison ID`)"
+        )
+    found[key] = _final(run)
 
 
 def _stacked(alone: Losses, seeds: Sequence[int] | None) -> xr.DataArray:
@@ -178,17 +187,25 @@ def _mean_over_seeds(values: xr.DataArray) -> xr.DataArray:
 
 def _paired_losses(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]) -> xr.Dataset:
     """Final losses ``alone`` (seed, task, other_task) of specialists and ``shared`` (seed, other_task)."""
-    by_seed = {run.attrs["seed"]: _final(run) for run in shared if "val_loss" in run}
-    alone = _losses_alone(specialists)
+    by_seed: dict[int, xr.DataArray] = {}
+    for run in shared:
+        if "val_loss" in run and RunManifest.from_json(run.attrs["manifest"]).trained_task is None:
+            _keep(by_seed, run.attrs["seed"], run)
+    ends = {run.attrs["seed"]: int(run["val_step"][-1]) for run in shared if "val_loss" in run}
+    measured = [run for run in specialists if "val_loss" in run]
+    # Longer or shorter ones, of another attempt perhaps, have nothing to be compared with.
+    alike = [run for run in measured if ends.get(run.attrs["seed"], -1) in (-1, int(run["val_step"][-1]))]
+    alone = _losses_alone(alike)
     tasks = shared[0].sizes["task"] if len(shared) else 0
     seeds = sorted(seed for seed in by_seed if len(alone.get(seed, {})) == tasks)
     if not seeds:
+        _check_alike(shared, measured, list(by_seed))
         have = {seed: sorted(found) for seed, found in alone.items()} or "none"
         raise UserInputError(
             f"no seed has both a shared run (there are {sorted(by_seed) or 'none'}) and a specialist of each of "
             f"{tasks} tasks (there are, by seed: {have}): {_CURE}"
         )
-    _check_alike(shared, specialists, seeds)
+    _check_alike([run for run in shared if run.attrs["seed"] in seeds], alike, seeds)
     together = xr.concat([by_seed[seed] for seed in seeds], pd.Index(seeds, name="seed"))
     return xr.Dataset({"alone": _stacked(alone, seeds), "shared": together})
 

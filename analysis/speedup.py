@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.arrivals import Arrival, arrival_axis, steps_to_threshold
 from analysis.axes import Axis, Curve, paired_curves, seed_curves
-from analysis.uncertainty import FEW_SEEDS, Interval, bootstrap_band, geometric_mean_interval
+from analysis.uncertainty import FEW_SEEDS, Interval, geometric_mean_interval, resampled_runs
 
 _OPEN = 1e3
 """Logarithm that stands for an infinite one."""
@@ -59,8 +59,10 @@ class SpeedUp:
         with np.errstate(divide="ignore"):
             logs = np.log(self.ratios[["low", "high"]].to_numpy()).clip(-_OPEN, _OPEN)
         level = self.interval.level
-        band = bootstrap_band(logs, functools.partial(np.median, axis=0), level=level)
-        low, high = band.low[0], band.high[1]
+        draws = np.median(logs[resampled_runs(len(logs))], axis=1)
+        # Medians that were drawn, not points between them: one of two neighbours may be open.
+        low = np.quantile(draws[:, 0], (1 - level) / 2, method="lower")
+        high = np.quantile(draws[:, 1], (1 + level) / 2, method="higher")
         return 0.0 if low < -_OPEN / 4 else float(np.exp(low)), np.inf if high > _OPEN / 4 else float(np.exp(high))
 
 

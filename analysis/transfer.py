@@ -23,6 +23,7 @@ from lightning_modules.tracking.records import FINE_TUNING, LOOK_AHEAD
 
 Runs = xr.Dataset | Sequence[xr.Dataset]
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 Form = Callable[[FloatArray], FloatArray]
 
 _CURE = {
@@ -139,10 +140,12 @@ class _Draws:
     Attributes:
         value: (K, K) from the task trained on to the one affected, mean over checkpoints.
         without: (checkpoint, repeat, K, K), NaN for draws that there are not.
+        draws: (checkpoint, K, K) how many there are.
     """
 
     value: FloatArray
     without: FloatArray
+    draws: IntArray
 
     @property
     def repeats(self) -> int:
@@ -151,11 +154,11 @@ class _Draws:
     def variance(self, form: Form) -> FloatArray:
         """Jackknife over draws, checkpoint by checkpoint, of what a form makes of `without`; NaN for one draw."""
         values = form(self.without)
-        number = np.isfinite(values).sum(1)
-        mean = np.nansum(values, axis=1) / np.maximum(number, 1)
+        number = self.draws
+        mean = np.nansum(values, axis=1) / np.maximum(np.isfinite(values).sum(1), 1)
         spread = np.nansum((values - mean[:, None]) ** 2, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return ((number - 1) / np.where(number > 1, number, np.nan) * spread).sum(0)
+        share = np.where(number == 1, np.nan, (number - 1) / np.maximum(number, 1))
+        return np.where(number > 0, share * spread, 0.0).sum(0)  # a checkpoint may lack this measurement
 
 
 def _affinity(
@@ -173,10 +176,9 @@ def _affinity(
         units, variance = count, (count - 1) / count * ((left_out - left_out.mean(0)) ** 2).sum(0)
     tasks = {name: coord for name, coord in listed[0].coords.items() if coord.dims in (_PAIR[:1], _PAIR[1:])}
     value = xr.DataArray(form(mean), tasks, _PAIR, name=_NAME[measure])
+    error = np.where(np.isfinite(value.values), np.sqrt(variance), np.nan)
     said = "help relative to its own" if relative else "relative decrease of the loss"
-    return value.assign_coords(standard_error=(_PAIR, np.sqrt(variance))).assign_attrs(
-        long_name=said, directed=True, units=units
-    )
+    return value.assign_coords(standard_error=(_PAIR, error)).assign_attrs(long_name=said, directed=True, units=units)
 
 
 def _draws(run: xr.Dataset, measure: str, part: str, step: int | None, updates: int | None) -> _Draws:
@@ -197,9 +199,11 @@ def _draws(run: xr.Dataset, measure: str, part: str, step: int | None, updates: 
     with np.errstate(divide="ignore", invalid="ignore"):
         by_step = saved.sum(1) / loss.sum(1)
         without = (saved.sum(1, keepdims=True) - saved) / (loss.sum(1, keepdims=True) - loss)
-    value = by_step.mean(0)
-    moved = value + (without - by_step[:, None]) / len(by_step)
-    return _Draws(value, np.where(measured, moved, np.nan))
+    # Checkpoints may have been measured after other numbers of updates, or without a prediction.
+    there = np.isfinite(by_step).sum(0)
+    value = np.divide(np.nansum(by_step, axis=0), there, out=np.full(there.shape, np.nan), where=there > 0)
+    moved = value + (without - by_step[:, None]) / np.maximum(there, 1)
+    return _Draws(value, np.where(measured, moved, np.nan), measured.sum(1))
 
 
 def _share_of_own(mean: FloatArray, each: Sequence[_Draws]) -> Form:
@@ -208,10 +212,13 @@ def _share_of_own(mean: FloatArray, each: Sequence[_Draws]) -> Form:
     The noise that counts is that of the measurement, over draws of samples: runs may well differ in a true effect.
     """
     own = np.diagonal(mean)
-    variance = sum(np.diagonal(draws.variance(_as_it_is)) for draws in each) / len(each) ** 2
-    freedom = sum(draws.repeats - 1 for draws in each)
-    least = stats.t.ppf(_OWN_LEVEL, freedom) * np.sqrt(variance) if freedom else np.zeros_like(own)
-    defined = own > np.nan_to_num(least)  # a single draw has no error, and is taken as it is
+    repeated = [draws for draws in each if draws.repeats > 1]
+    least = np.zeros_like(own)  # single draws have no error, and are taken as they are
+    if repeated:
+        variance = sum(np.diagonal(draws.variance(_as_it_is)) for draws in repeated) / len(repeated) ** 2
+        freedom = sum(draws.repeats - 1 for draws in repeated)
+        least = np.nan_to_num(stats.t.ppf(_OWN_LEVEL, freedom) * np.sqrt(variance))
+    defined = own > least
 
     def form(values: FloatArray) -> FloatArray:
         diagonal = np.diagonal(values, axis1=-2, axis2=-1)

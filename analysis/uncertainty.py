@@ -20,6 +20,8 @@ FloatArray = npt.NDArray[np.float64]
 FEW_SEEDS = 10
 """Below this many seeds every seed is shown, beside a paired t-interval; from here on intervals resample whole runs."""
 _RESAMPLES = 2000
+_TIE, _MOST_TIES = 1e-9, 1e-3
+"""Resamples that vary by less than this share of all are of equal values; so many of them may be."""
 ENOUGH_TO_CLAIM = 3
 """Below this many seeds nothing is claimed, whatever the intervals say."""
 
@@ -87,10 +89,11 @@ def mean_interval(values: Sequence[float] | FloatArray, level: float = 0.95) -> 
     if count == 1:
         return Interval(mean, np.nan, np.nan, level, 1)
     error = float(sample.std(ddof=1) / np.sqrt(count))
-    if count < FEW_SEEDS or not error > 0:
+    drawn = _resampled_t(sample)
+    if drawn is None:
         half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
         return Interval(mean, mean - half, mean + half, level, count)
-    low, high = np.quantile(_resampled_t(sample), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, mean - float(high) * error, mean - float(low) * error, level, count)
 
 
@@ -107,18 +110,28 @@ def mean_p_value(values: Sequence[float] | FloatArray) -> float:
     if error == 0:
         return 1.0 if interval.estimate == 0 else 0.0
     t = interval.estimate / error
-    if interval.count < FEW_SEEDS:
-        return float(2 * stats.t.sf(abs(t), interval.count - 1))
     drawn = _resampled_t(sample)
+    if drawn is None:
+        return float(2 * stats.t.sf(abs(t), interval.count - 1))
     beyond = min(int((drawn >= t).sum()), int((drawn <= t).sum()))
     return min(1.0, 2 * (beyond + 1) / (len(drawn) + 1))
 
 
-def _resampled_t(sample: FloatArray) -> FloatArray:
-    """(mean of a resample - mean) / standard error of the resample, of resamples of different values."""
-    drawn = sample[_resampled(sample.size, _RESAMPLES, 0)]
-    error = drawn.std(axis=1, ddof=1) / np.sqrt(sample.size)
-    return (drawn.mean(axis=1) - sample.mean())[error > 0] / error[error > 0]
+def _resampled_t(sample: FloatArray) -> FloatArray | None:
+    """(mean of a resample - mean) / standard error of the resample.
+
+    None where runs are too few, or so alike that resamples often consist of equal values: these have no error of their
+    own, and the others would be a selection.
+    """
+    spread = sample.std(ddof=1) if sample.size >= FEW_SEEDS else 0.0
+    if not spread > 0:
+        return None
+    drawn = sample[resampled_runs(sample.size, _RESAMPLES)]
+    deviation = drawn.std(axis=1, ddof=1)
+    unlike = deviation > _TIE * spread
+    if unlike.mean() < 1 - _MOST_TIES:
+        return None
+    return (drawn.mean(axis=1) - sample.mean())[unlike] / (deviation[unlike] / np.sqrt(sample.size))
 
 
 def geometric_mean_interval(ratios: Sequence[float] | FloatArray, level: float = 0.95) -> Interval:
@@ -187,7 +200,7 @@ def bootstrap_band(
     """
     together = runs if isinstance(runs, tuple) else (runs,)
     count = _same_count(together)
-    chosen = _resampled(count, resamples, seed)
+    chosen = resampled_runs(count, resamples, seed)
     draws = np.array([statistic(*(each[rows] for each in together)) for rows in chosen], dtype=float)
     return _percentile_band(np.asarray(statistic(*together), dtype=float), draws, level, count)
 
@@ -203,12 +216,12 @@ def bootstrap_mean(runs: FloatArray, *, resamples: int = _RESAMPLES, level: floa
     """
     count = len(runs)
     weights = np.zeros((resamples, count))
-    np.add.at(weights, (np.arange(resamples)[:, None], _resampled(count, resamples, seed)), 1 / count)
+    np.add.at(weights, (np.arange(resamples)[:, None], resampled_runs(count, resamples, seed)), 1 / count)
     draws = (weights @ runs.reshape(count, -1)).reshape(resamples, *runs.shape[1:])
     return _percentile_band(runs.mean(axis=0), draws, level, count)
 
 
-def _resampled(count: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
+def resampled_runs(count: int, resamples: int = _RESAMPLES, seed: int = 0) -> npt.NDArray[np.int64]:
     """(resamples, count): which runs are drawn."""
     return np.random.default_rng(seed).integers(count, size=(resamples, count))
 

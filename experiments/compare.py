@@ -173,7 +173,10 @@ def _load(
             include_unfinished=include_unfinished,
         )
         runs = _validated(runs, include_unfinished)
-        specialists, left_out = usable_specialists(runs, specialists_of(runs, uri))
+        try:
+            specialists, left_out = usable_specialists(runs, specialists_of(runs, uri))
+        except UserInputError as error:  # no reason not to compare the runs themselves
+            specialists, left_out = {}, [f"Specialists are left out: {error}."]
     for warning in caught:
         if issubclass(warning.category, RunsLeftOutWarning):
             text = str(warning.message)

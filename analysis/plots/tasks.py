@@ -33,7 +33,7 @@ def plot_task_values(
     """Draws a value of every interval, one line per method. Undefined values are crosses at the bottom, never zeros.
 
     Args:
-        values: ``value`` and ``half_width`` (method, task); error bars are drawn that long.
+        values: ``value`` (method, task) and ``half_width``, the length of its bars, or ``low`` and ``high``, their ends.
         raw: (method, task) the same without noise correction, drawn hollow and dashed.
         seeds: (method, seed, task) what single seeds gave, drawn as small dots; NaN where a method lacks a seed.
         reference: A level to compare with, drawn as a line.
@@ -99,7 +99,9 @@ def plot_noise_scale(
 def _draw_methods(values: xr.Dataset, ax: Axes) -> None:
     for method, at in _places(values["value"]):
         own = values.sel({"method": method})
-        value, error = own["value"].values, np.nan_to_num(own["half_width"].values)
+        value = own["value"].values
+        ends = np.stack([value - own["low"].values, own["high"].values - value]) if "low" in own else own["half_width"]
+        error = np.nan_to_num(np.asarray(ends))
         colour = method_colour(method)
         missing = ~np.isfinite(value)
         ax.errorbar(

@@ -188,7 +188,7 @@ def update_figure(runs: Runs) -> ReportFigure | None:
 def _conditions(pooled: Mapping[str, tuple[xr.DataArray, xr.DataArray]]) -> str:
     found = {method_name(method): update.condition_number(*pair) for method, pair in pooled.items()}
     return ", ".join(
-        f"{name} {float(each['condition_number']):.3g} ± {float(each['standard_error']):.2g}"
+        f"{name} {float(each['condition_number']):.3g} ± {float(jackknife.quotable_error(each)):.2g}"
         if np.isfinite(each["condition_number"])
         else f"{name} not told from infinite"
         for name, each in found.items()

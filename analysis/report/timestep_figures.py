@@ -65,7 +65,8 @@ def representation_figure(runs: Runs, shown_blocks: int = 4) -> ReportFigure | N
         "representation_similarity",
         "How alike are the representations at different timesteps?",
         "Linear CKA (unbiased estimator) between what a block hands on at two timesteps, for the same images; mean "
-        f"over runs, last measured checkpoint, one scale, {'which begins above zero' if low else 'from zero'}. Square "
+        "over runs of the same blocks and timesteps, last measured checkpoint, one scale, "
+        f"{'which begins above zero' if low else 'from zero'}. Square "
         "patches along the diagonal are ranges of timesteps that the block treats alike. DTR's paper (figure 6) shows "
         "such matrices to argue that routing makes distant timesteps differ more: compare the corners away from the "
         "diagonal between the rows, and look in which depth they are darkest. Grey: a block that hands on the same for "

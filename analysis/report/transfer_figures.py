@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
+from scipy import stats
 
 from analysis.affinity import significant_cells
 from analysis.affinity_measures import FINE_TUNING, LOOK_AHEAD, REPRESENTATION
@@ -15,9 +16,10 @@ from analysis.plots.affinity import plot_affinity, plot_affinity_film
 from analysis.plots.look_ahead import plot_look_ahead
 from analysis.plots.tasks import plot_task_values
 from analysis.report.panels import ReportFigure, Runs, film_panels, keep_outer_axes, keep_outer_labels, panels
+from analysis.significance import FALSE_DISCOVERY_RATE
 from analysis.specialists import negative_transfer_gap, specialist_affinity
 from analysis.transfer import first_order_slope, look_ahead_affinity, predicted_look_ahead, transfer_film
-from analysis.uncertainty import mean_interval
+from analysis.uncertainty import ENOUGH_TO_CLAIM, mean_interval, mean_p_value
 from lightning_modules.tracking import records
 
 Affinities = Mapping[str, Mapping[str, xr.DataArray]]
@@ -148,7 +150,7 @@ def sharing_figure(runs: Runs, specialists: Mapping[str, Runs]) -> ReportFigure 
     index = xr.DataArray(list(gaps), dims="method", name="method")
     values = xr.concat([gap[["gap", "low", "high"]] for gap in gaps.values()], index).rename(gap="value")
     plot_task_values(
-        values.assign(half_width=(values["high"] - values["low"]) / 2),
+        values,
         seeds=xr.concat([gap["by_seed"] for gap in gaps.values()], index, join="outer"),
         ylabel="loss of the specialist / shared - 1",
         title="negative-transfer gap",
@@ -172,18 +174,23 @@ def sharing_figure(runs: Runs, specialists: Mapping[str, Runs]) -> ReportFigure 
 
 
 def _harmed(gaps: Mapping[str, xr.Dataset]) -> str:
-    """Which intervals' single intervals exclude zero, in words."""
+    """Where the gap differs from zero at a false discovery rate over all intervals of a method, in words."""
     said = []
     for method, gap in gaps.items():
-        if gap.sizes["seed"] < 2:
-            said.append(f"{method_name(method)}: one seed, so no gap can be told from chance.")
+        seeds = gap.sizes["seed"]
+        if seeds < ENOUGH_TO_CLAIM:
+            said.append(f"{method_name(method)}: with {seeds} of the seeds paired, no gap can be told from chance.")
             continue
-        sides = {"harmed": gap["high"] < 0, "helped": gap["low"] > 0}
+        by_seed = gap["by_seed"].transpose("seed", "task").values
+        found = stats.false_discovery_control([mean_p_value(own) for own in by_seed.T]) <= FALSE_DISCOVERY_RATE
+        sides = {"harmed": found & (gap["gap"].values < 0), "helped": found & (gap["gap"].values > 0)}
         words = [
-            f"{word} at t {', '.join(str(name).removeprefix('t') for name in gap['interval'].values[where.values])}"
+            f"{word} at t {', '.join(str(name).removeprefix('t') for name in gap['interval'].values[where])}"
             for word, where in sides.items()
-            if bool(where.any())
+            if where.any()
         ]
-        seeds = f"{gap.sizes['seed']} seeds"
-        said.append(f"{method_name(method)} ({seeds}): {' and '.join(words) or 'no interval excludes zero'}.")
+        said.append(
+            f"{method_name(method)} ({seeds} seeds): {' and '.join(words) or 'no interval is resolved'} "
+            "(false discovery rate 5 % over the intervals)."
+        )
     return " ".join(said)

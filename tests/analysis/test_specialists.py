@@ -104,3 +104,13 @@ def test_other_intervals_are_refused():
     shared[0].attrs["manifest"] = dataclasses.replace(manifest, interval_bounds=bounds).to_json()
     with pytest.raises(UserInputError, match="different timestep intervals"):
         negative_transfer_gap(shared, alone)
+
+
+def test_runs_that_could_stand_for_another_are_refused():
+    shared, alone = runs_of({0: np.ones((K, K))})
+    with pytest.raises(UserInputError, match="several runs stand for one in seed 0"):
+        negative_transfer_gap([*shared, shared[0]], alone)
+    with pytest.raises(UserInputError, match="several runs stand for one in seed 0"):
+        negative_transfer_gap(shared, [*alone, alone[2]])
+    with pytest.raises(UserInputError, match="there are none"):
+        negative_transfer_gap(alone, alone)

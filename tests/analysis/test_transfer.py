@@ -155,6 +155,32 @@ def test_a_film_has_the_checkpoints_that_all_runs_have(tmp_path):
         transfer_film([runs[0], other])
 
 
+def test_a_checkpoint_without_the_measurement_is_left_out(tmp_path):
+    early = [transfer_rows(SAVED, measure=FINE_TUNING, updates=100, step=100, repeat=r) for r in range(2)]
+    late = [transfer_rows(2 * SAVED + 0.1 * r, measure=FINE_TUNING, updates=200, step=500, repeat=r) for r in range(2)]
+    run = run_with(tmp_path / "updates", transfers=early + late)
+    found = fine_tuning_affinity(run)
+    np.testing.assert_allclose(found.values, 2 * SAVED + 0.05)
+    np.testing.assert_allclose(found["standard_error"].values, 0.05)
+    predicted = [transfer_rows(SAVED, step=100, predicted=1.25 * SAVED), transfer_rows(SAVED, step=500)]
+    mixed = run_with(tmp_path / "mixed", transfers=predicted)
+    np.testing.assert_allclose(predicted_look_ahead(mixed).values, 1.25 * SAVED)
+    assert first_order_slope(mixed) == pytest.approx(0.8)
+
+
+def test_a_run_of_single_draws_does_not_switch_the_noise_off(tmp_path):
+    rng = np.random.default_rng(6)
+    saved = with_own_effect(rng)
+    saved[4, 4] = 0.01
+    runs = []
+    for number, repeats in enumerate((6, 6, 1)):
+        draws = saved + 0.2 * rng.standard_normal((repeats, K, K)) * (np.arange(K) == 4)
+        draws[:, 4, 4] += 0.01 - draws[:, 4, 4].mean()
+        rows = [transfer_rows(draw, repeat=r) for r, draw in enumerate(draws)]
+        runs.append(run_with(tmp_path / str(number), transfers=rows))
+    assert look_ahead_affinity(runs, relative=True)[:, 4].isnull().all()
+
+
 def test_the_slope_tells_how_much_the_first_order_overstates(tmp_path):
     run = run_with(tmp_path, transfers=[transfer_rows(SAVED, predicted=1.25 * SAVED)])
     assert first_order_slope(run) == pytest.approx(0.8)

@@ -116,6 +116,10 @@ def test_ten_equal_runs_have_an_interval_without_width():
     same = mean_interval([2.0] * 10)
     assert (same.low, same.high) == (2.0, 2.0)
     assert mean_p_value([2.0] * 10) == 0
+    for tied in ([0.3] * 11 + [0.1], [0.1] * 9 + [0.2]):
+        student = stats.ttest_1samp(tied, 0).confidence_interval(0.95)
+        got = mean_interval(tied)
+        assert (got.low, got.high) == pytest.approx((student.low, student.high)), "resamples of equal values"
     assert mean_p_value(np.arange(10.0) + 100) == pytest.approx(2 / 2001)
 
 

@@ -99,7 +99,10 @@ def test_sharing_figure_shows_gaps_seeds_and_reach():
     assert f"harmed at t {last}" in report.caption
     assert "Baseline (3 seeds)" in report.caption
     assert sharing_figure(shared, {}) is None
-    assert "one seed" in sharing_figure(shared[:1], {"baseline": alone[:K]}).caption
+    assert "(false discovery rate 5 % over the intervals)" in report.caption
+    few = sharing_figure(shared[:2], {"baseline": alone[: 2 * K]})
+    assert "with 2 of the seeds paired, no gap can be told from chance" in few.caption
+    assert "harmed at" not in few.caption
 
 
 def test_specialists_take_part_in_the_agreement(measured_runs):

@@ -33,7 +33,7 @@ def plot_task_values(
     """Draws a value of every interval, one line per method. Undefined values are crosses at the bottom, never zeros.
 
     Args:
-        values: ``value`` (method, task) and ``half_width``, the length of its bars, or ``low`` and ``high``, their ends.
+        values: ``value`` (method, task) and ``half_width``, the length of its bars, or their ends ``low`` and ``high``.
         raw: (method, task) the same without noise correction, drawn hollow and dashed.
         seeds: (method, seed, task) what single seeds gave, drawn as small dots; NaN where a method lacks a seed.
         reference: A level to compare with, drawn as a line.

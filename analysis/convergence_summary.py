@@ -71,6 +71,14 @@ def clock_warning(curves: pd.DataFrame) -> str | None:
 
 
 def _loss_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
+    said = _loss_words(curves, method, reference)
+    own = curves[(curves["metric"] == VAL_LOSS) & curves["method"].isin([method, reference])]
+    ends = own.groupby(["seed", "method"])["step"].max().unstack().dropna()
+    equal = ends.empty or ends.shape[1] < 2 or bool((ends[method] == ends[reference]).all())
+    return said if equal else f"Compared where the shorter run of each seed stops: {said}"
+
+
+def _loss_words(curves: pd.DataFrame, method: str, reference: str) -> str:
     difference, interval = paired_difference(curves, VAL_LOSS, method, reference)
     name, base = method_name(method), method_name(reference)
     if not interval.count:

@@ -108,7 +108,7 @@ def mlflow_client(uri: str) -> MlflowClient:
         with _exclusive(path.with_name(path.name + ".lock")):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)  # the store is opened by its first use
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         raise UserInputError(f"the MLflow database {path} cannot be used: {error}") from error
     return client
 

@@ -125,3 +125,10 @@ def test_there_is_no_clock_to_warn_of():
     frame = tidy(**pairs(0.5, 0.4))
     assert clock_warning(timed(frame, baseline=1.0, dtr=np.nan)) is None
     assert clock_warning(timed(frame, baseline=np.nan, dtr=np.nan)) is None
+
+
+def test_runs_of_different_lengths_are_compared_where_the_shorter_stops_and_that_is_said():
+    values = pairs(0.5, 0.4, 0.45)
+    shorter = values | {f"baseline_{seed}": values[f"baseline_{seed}"][:2] for seed in range(3)}
+    assert said(**shorter)[0].startswith("Compared where the shorter run of each seed stops: DTR ends lower than")
+    assert said(**values)[0].startswith("DTR ends lower than")

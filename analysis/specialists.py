@@ -120,7 +120,7 @@ def usable_specialists(
         except UserInputError as error:
             problems.append(f"The specialists of {method_name(method)} are left out: {error}.")
         else:
-            found[method] = alone
+            found[method] = _as_long(own, alone)
     return found, problems
 
 
@@ -191,15 +191,12 @@ def _paired_losses(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Datase
     for run in shared:
         if "val_loss" in run and RunManifest.from_json(run.attrs["manifest"]).trained_task is None:
             _keep(by_seed, run.attrs["seed"], run)
-    ends = {run.attrs["seed"]: int(run["val_step"][-1]) for run in shared if "val_loss" in run}
-    measured = [run for run in specialists if "val_loss" in run]
-    # Longer or shorter ones, of another attempt perhaps, have nothing to be compared with.
-    alike = [run for run in measured if ends.get(run.attrs["seed"], -1) in (-1, int(run["val_step"][-1]))]
+    alike = _as_long(shared, specialists)
     alone = _losses_alone(alike)
     tasks = shared[0].sizes["task"] if len(shared) else 0
     seeds = sorted(seed for seed in by_seed if len(alone.get(seed, {})) == tasks)
     if not seeds:
-        _check_alike(shared, measured, list(by_seed))
+        _check_alike(shared, specialists, list(by_seed))
         have = {seed: sorted(found) for seed, found in alone.items()} or "none"
         raise UserInputError(
             f"no seed has both a shared run (there are {sorted(by_seed) or 'none'}) and a specialist of each of "
@@ -210,6 +207,17 @@ def _paired_losses(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Datase
     return xr.Dataset({"alone": _stacked(alone, seeds), "shared": together})
 
 
+def _as_long(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]) -> list[xr.Dataset]:
+    """Specialists as long as the shared run of their seed, if it has one; others, of another attempt, say nothing."""
+    ends = {run.attrs["seed"]: _end(run) for run in shared if "val_loss" in run}
+    return [run for run in specialists if "val_loss" in run and ends.get(run.attrs["seed"], _end(run)) == _end(run)]
+
+
+def _end(run: xr.Dataset) -> int:
+    """Step of the last validation."""
+    return int(run["val_step"][-1])
+
+
 def _check_alike(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset], seeds: Sequence[int]) -> None:
     """Raises UserInputError unless all runs have the same intervals and are equally long."""
     compared = [run for run in (*shared, *specialists) if "val_loss" in run and run.attrs["seed"] in seeds]
@@ -218,7 +226,7 @@ def _check_alike(shared: Sequence[xr.Dataset], specialists: Sequence[xr.Dataset]
         raise UserInputError(
             "shared runs and specialists have different timestep intervals: train both with the same `intervals`"
         )
-    ends = sorted({int(run["val_step"][-1]) for run in compared})
+    ends = sorted({_end(run) for run in compared})
     if len(ends) > 1:
         raise UserInputError(
             f"shared runs and specialists end at different steps {ends}, so their losses say nothing about sharing: "

@@ -114,3 +114,14 @@ def test_runs_that_could_stand_for_another_are_refused():
         negative_transfer_gap(shared, [*alone, alone[2]])
     with pytest.raises(UserInputError, match="there are none"):
         negative_transfer_gap(alone, alone)
+
+
+def test_an_attempt_of_another_length_does_not_stand_in_the_way():
+    shared, alone = runs_of({0: np.ones((K, K))})
+    longer = [run.assign_coords(val_step=[50, 500]) for run in alone]
+    runs, every = ([run.assign_attrs(method="baseline") for run in each] for each in (shared, [*longer, *alone]))
+    found, problems = usable_specialists(runs, every)
+    assert problems == []
+    assert len(found["baseline"]) == K
+    np.testing.assert_array_equal(specialist_reach(found["baseline"]).values, np.zeros((K, K)))
+    np.testing.assert_allclose(negative_transfer_gap(runs, found["baseline"])["gap"].values, 0.0)

@@ -23,12 +23,11 @@ from scipy import stats
 
 from analysis.conflict import corrected_cosine, plain_cosine
 from analysis.gramians import STEP, Level, join_probes, pool_runs
-from analysis.grouping import stack_runs
+from analysis.grouping import Runs, as_list, stack_runs
 from analysis.jackknife import Errors
 from analysis.significance import FALSE_DISCOVERY_RATE
 from analysis.update import first_order_tag
 
-Runs = xr.Dataset | Sequence[xr.Dataset]
 """One run, or several whose probes are pooled."""
 _ERROR = "standard_error"
 _PAIR = ("task", "other_task")
@@ -53,7 +52,7 @@ def gradient_affinity(
     Raises:
         UserInputError: If a run has no gradient probes, or errors over runs are asked of a single one.
     """
-    gramian, count = pool_runs(_listed(runs), level)
+    gramian, count = pool_runs(as_list(runs), level)
     found = (corrected_cosine if corrected else plain_cosine)(gramian, count, errors=errors)
     matrix = _with_error(found, "cosine", "gradient affinity")
     return matrix.assign_attrs(long_name="gradient cosine", directed=False, corrected=corrected)
@@ -86,8 +85,8 @@ def tag_affinity(
     Raises:
         UserInputError: If a run has no gradient probes, or errors over runs are asked of a single one.
     """
-    gramian, count = pool_runs(_listed(runs), level)
-    loss = join_probes([run["group_loss"] for run in _listed(runs)])
+    gramian, count = pool_runs(as_list(runs), level)
+    loss = join_probes([run["group_loss"] for run in as_list(runs)])
     rate = learning_rate
     if isinstance(rate, xr.DataArray):  # steps occur once in every run, so they are no index to align on
         rate = xr.DataArray(rate.sel({STEP: gramian[STEP].values}).values, dims=STEP)
@@ -118,7 +117,7 @@ def affinity_film(
         ValueError: If there are fewer steps with probes than windows.
     """
     # Without what is no part of a probe: each window takes a slice of all the rest.
-    listed = [run[[name for name, each in run.data_vars.items() if STEP in each.dims]] for run in _listed(runs)]
+    listed = [run[[name for name, each in run.data_vars.items() if STEP in each.dims]] for run in as_list(runs)]
     steps = np.unique(np.concatenate([run[STEP].values for run in listed]))
     if not 1 <= windows <= len(steps):
         raise ValueError(f"windows must lie in 1..{len(steps)}, the number of probed steps; got {windows}")
@@ -242,10 +241,6 @@ def _interval_overlap(mask: bytes, num_timesteps: int, starts: tuple[int, ...]) 
 def _task_matrix(run: xr.Dataset, values: npt.NDArray[np.float64], name: str) -> xr.DataArray:
     coords = {key: coord for key, coord in run.coords.items() if coord.dims and set(coord.dims) <= set(_PAIR)}
     return xr.DataArray(values, dims=_PAIR, coords=coords, name=name)
-
-
-def _listed(runs: Runs) -> Sequence[xr.Dataset]:
-    return [runs] if isinstance(runs, xr.Dataset) else runs
 
 
 def _with_error(found: xr.Dataset, value: str, name: str) -> xr.DataArray:

@@ -22,10 +22,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
-from scipy import stats
 
 from analysis.mantel import PAIR, Cells, RankCorrelation, Scheme, mantel_test
-from analysis.significance import FALSE_DISCOVERY_RATE
+from analysis.significance import FALSE_DISCOVERY_RATE, q_values
 
 AGREEMENT_COLUMNS = [
     "first", "second", "pairs", "correlation", "p_value", "q_value", "partial", "partial_p_value", "partial_q_value",
@@ -153,7 +152,7 @@ def agreement_table(
     table = pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
     asked = ~table[["first", "second"]].isin(list(beside or {})).any(axis=1)
     for prefix in ("", "partial_", "shift_"):
-        table[f"{prefix}q_value"] = _adjusted(table[f"{prefix}p_value"].where(asked))
+        table[f"{prefix}q_value"] = q_values(table[f"{prefix}p_value"].where(asked))
     table["significant"] = table["q_value"] <= FALSE_DISCOVERY_RATE
     table["partial_significant"] = (table[["partial_q_value", "shift_q_value"]] <= FALSE_DISCOVERY_RATE).all(axis=1)
     return table
@@ -163,9 +162,3 @@ def _test_if_enough(cells: Cells, scheme: Scheme, permutations: int, seed: int) 
     if not cells.enough:
         return RankCorrelation(np.nan, np.nan, cells.size)
     return mantel_test(cells, scheme=scheme, permutations=permutations, seed=seed)
-
-
-def _adjusted(p_values: pd.Series) -> pd.Series:
-    known = p_values.dropna().astype(float)
-    adjusted = stats.false_discovery_control(known) if len(known) else known
-    return pd.Series(adjusted, known.index, dtype=float).reindex(p_values.index)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from analysis.jackknife import Errors, PooledProbes, pool_probes, signal_threshold
+from analysis.jackknife import Errors, PooledProbes, pool_probes
 from analysis.moments import as_other, diagonal
 
 
@@ -57,7 +57,7 @@ def corrected_cosine(gramian: xr.DataArray, count: xr.DataArray, *, errors: Erro
     pool = pool_probes(gramian, count)
     found = pool.estimate("cosine", lambda means: _over_norms(means["product"], means["squared_norm"]), errors)
     signal = pool.signal(_squared_norm)
-    defined = _both(signal > signal_threshold(len(pool.probes)))
+    defined = _both(pool.stands_out(signal))
     same = as_other(found["task"]) == found["task"]
     found["cosine"] = found["cosine"].where(~same, 1.0).where(defined)
     found["standard_error"] = found["standard_error"].where(~same, 0.0).where(defined)

@@ -10,7 +10,14 @@ import xarray as xr
 from analysis.methods import ordered
 from lightning_modules.tracking.records import RunManifest
 
+Runs = xr.Dataset | Sequence[xr.Dataset]
+"""One run or several."""
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
+
+
+def as_list(runs: Runs) -> Sequence[xr.Dataset]:
+    """One run or several, as several."""
+    return [runs] if isinstance(runs, xr.Dataset) else runs
 
 
 def group_by_method(runs: Sequence[xr.Dataset]) -> dict[str, list[xr.Dataset]]:

@@ -14,7 +14,7 @@ from analysis.axes import Axis
 from analysis.convergence import area_difference, paired_difference, paired_values, probability_of_improvement
 from analysis.frames import VAL_LOSS
 from analysis.methods import ordered
-from analysis.significance import FALSE_DISCOVERY_RATE
+from analysis.significance import FALSE_DISCOVERY_RATE, q_values
 from analysis.speedup import speed_up
 from analysis.uncertainty import Interval, mean_p_value
 
@@ -78,7 +78,7 @@ def interval_convergence(
             compared = _compare(pair, metric, method, baseline, level, axis, share)
             rows += [{"method": method, "task": task, "interval": label, "metric": metric, **row} for row in compared]
     table = pd.DataFrame(rows, columns=_COLUMNS)
-    table["q_value"] = table.groupby(["method", "quantity"])["p_value"].transform(_adjusted)
+    table["q_value"] = table.groupby(["method", "quantity"])["p_value"].transform(q_values)
     table["significant"] = table["q_value"] <= FALSE_DISCOVERY_RATE
     return table
 
@@ -142,10 +142,3 @@ def _row(quantity: Quantity, interval: Interval, p_value: float) -> dict[str, ob
         "pairs": interval.count,
         "p_value": p_value,
     }
-
-
-def _adjusted(p_values: pd.Series) -> pd.Series:
-    """Benjamini and Hochberg's q-values over those that could be tested."""
-    tested = p_values.dropna()
-    adjusted = stats.false_discovery_control(tested) if len(tested) else []
-    return pd.Series(adjusted, index=tested.index, dtype=float).reindex(p_values.index)

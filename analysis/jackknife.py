@@ -106,7 +106,11 @@ class PooledProbes:
 
         The bound is Student's t at the same probability, so few probes do not pass by luck.
         """
-        return self.signal(statistic) > signal_threshold(len(self.probes))
+        return self.stands_out(self.signal(statistic))
+
+    def stands_out(self, signal: xr.DataArray) -> xr.DataArray:
+        """`is_positive`, of a `signal` that is known."""
+        return signal > signal_threshold(len(self.probes))
 
     def signal(self, statistic: Statistic) -> xr.DataArray:
         """A statistic in units of its standard error over probes."""

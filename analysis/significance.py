@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from scipy import stats
 
@@ -15,6 +16,13 @@ NOISE_NULL = 0.5
 """Conflict rate of gradients that are pure noise: an inner product is as often negative as positive."""
 FALSE_DISCOVERY_RATE = 0.05
 _PAIR = ("task", "other_task")
+
+
+def q_values(p_values: pd.Series) -> pd.Series:
+    """Benjamini and Hochberg's q-values over those that could be tested, NaN for the others."""
+    tested = p_values.dropna().astype(float)
+    adjusted = stats.false_discovery_control(tested) if len(tested) else tested
+    return pd.Series(adjusted, tested.index, dtype=float).reindex(p_values.index)
 
 
 def z_scores(gramian: xr.DataArray, count: xr.DataArray, *, errors: Errors = "probes") -> xr.Dataset:

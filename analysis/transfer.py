@@ -18,10 +18,10 @@ import pandas as pd
 import xarray as xr
 from scipy import stats
 
+from analysis.grouping import Runs, as_list
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking.records import FINE_TUNING, LOOK_AHEAD
 
-Runs = xr.Dataset | Sequence[xr.Dataset]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Form = Callable[[FloatArray], FloatArray]
@@ -67,7 +67,7 @@ def predicted_look_ahead(runs: Runs, *, step: int | None = None) -> xr.DataArray
     """
     found = _affinity(runs, LOOK_AHEAD, "predicted", step, None, False)
     if found.isnull().all():
-        raise UserInputError(_no_first_order(_listed(runs)[0]))
+        raise UserInputError(_no_first_order(as_list(runs)[0]))
     return found.rename("first-order look-ahead")
 
 
@@ -80,11 +80,11 @@ def first_order_slope(runs: Runs, *, step: int | None = None) -> float:
         UserInputError: As `predicted_look_ahead`.
     """
     parts = ("change", "predicted")
-    each = [[_draws(run, LOOK_AHEAD, part, step, None).value for part in parts] for run in _listed(runs)]
+    each = [[_draws(run, LOOK_AHEAD, part, step, None).value for part in parts] for run in as_list(runs)]
     real, first = np.mean(each, axis=0)
     known = np.isfinite(real) & np.isfinite(first)
     if not known.any():
-        raise UserInputError(_no_first_order(_listed(runs)[0]))
+        raise UserInputError(_no_first_order(as_list(runs)[0]))
     return float((real[known] * first[known]).sum() / (first[known] ** 2).sum())
 
 
@@ -122,7 +122,7 @@ def transfer_film(runs: Runs, measure: str = LOOK_AHEAD, *, relative: bool = Fal
     Raises:
         UserInputError: If nothing was measured, or at no step in all runs.
     """
-    listed = _listed(runs)
+    listed = as_list(runs)
     for run in listed:
         _check(run, measure)
     steps = sorted(set.intersection(*(set(run[f"{measure}_step"].values.tolist()) for run in listed)))
@@ -164,7 +164,7 @@ class _Draws:
 def _affinity(
     runs: Runs, measure: str, part: str, step: int | None, updates: int | None, relative: bool
 ) -> xr.DataArray:
-    listed = _listed(runs)
+    listed = as_list(runs)
     each = [_draws(run, measure, part, step, updates) for run in listed]
     by_run = np.stack([draws.value for draws in each])
     mean, count = by_run.mean(0), len(each)
@@ -237,10 +237,6 @@ def _no_first_order(run: xr.Dataset) -> str:
         f"the look-aheads of run {run.attrs.get('name', '')} have no first-order form: it exists for plain gradient "
         "descent on models that the Gramian covers (`dtr-lab affinity CHECKPOINT --optimizer sgd`)"
     )
-
-
-def _listed(runs: Runs) -> Sequence[xr.Dataset]:
-    return [runs] if isinstance(runs, xr.Dataset) else runs
 
 
 def _check(run: xr.Dataset, measure: str) -> None:

@@ -102,17 +102,16 @@ def mean_p_value(values: Sequence[float] | FloatArray) -> float:
 
     From resamples it is no less than 2 in 2,001.
     """
-    interval = mean_interval(values)
-    if not np.isfinite(interval.low):
-        return np.nan
     sample = np.asarray(values, dtype=float)
-    error = np.std(sample, ddof=1) / np.sqrt(interval.count)
+    if sample.size < 2 or not np.isfinite(sample).all():
+        return np.nan
+    mean, error = sample.mean(), sample.std(ddof=1) / np.sqrt(sample.size)
     if error == 0:
-        return 1.0 if interval.estimate == 0 else 0.0
-    t = interval.estimate / error
+        return 1.0 if mean == 0 else 0.0
+    t = mean / error
     drawn = _resampled_t(sample)
     if drawn is None:
-        return float(2 * stats.t.sf(abs(t), interval.count - 1))
+        return float(2 * stats.t.sf(abs(t), sample.size - 1))
     beyond = min(int((drawn >= t).sum()), int((drawn <= t).sum()))
     return min(1.0, 2 * (beyond + 1) / (len(drawn) + 1))
 

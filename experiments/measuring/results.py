@@ -40,7 +40,7 @@ def report(record: AffinityRecord, measures: Sequence[str], console: Console) ->
     for measure in measures:
         matrix = _matrix(run, measure, record.step)
         record.keep_file(f"tables/{measure}-step-{record.step:08d}.csv", _csv(matrix))
-        shown = _matrix(run, measure, record.step, relative=measure != REPRESENTATION)
+        shown = matrix if measure == REPRESENTATION else _matrix(run, measure, record.step, relative=True)
         record.log_heatmap(f"affinity_{measure}", _picture(shown, measure, record.step))
         _print_matrix(matrix, TITLES[measure], console)
         said += _sentences(run, matrix, measure, record.step)

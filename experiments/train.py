@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from experiments.refusals import plain
 from lightning_modules.backbones.build import backbone_config
-from lightning_modules.checkpoint import StepCheckpoint, read_checkpoint
+from lightning_modules.checkpoint import StepCheckpoint, completed_settings, read_checkpoint
 from lightning_modules.data.digits import DigitsData
 from lightning_modules.data.image_folder import ImageFolderData
 from lightning_modules.data.images import ImageData
@@ -27,6 +26,7 @@ from lightning_modules.errors import UserInputError
 from lightning_modules.folders import writable_folder
 from lightning_modules.probes.channel_activation import ChannelActivationProbe
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe
+from lightning_modules.probes.task_weight import TaskWeightProbe
 from lightning_modules.probes.timestep_loss import TimestepLossProbe
 from lightning_modules.progress import StepProgress
 from lightning_modules.run_record import RESUME_KEY, RunRecord, resume_settings
@@ -80,7 +80,7 @@ class TrainCLI(LightningCLI):
             config = config.replace(uri, redacted(uri))  # it becomes an artifact; a password must not
         trainer_config = self._get(self.config_init, "trainer")
         tracking = RunTracking(every_n_steps=trainer_config["log_every_n_steps"], config=config)
-        extra = [RunRecord(self.datamodule), tracking, TrainingClock()]
+        extra = [RunRecord(self.datamodule), tracking, TrainingClock(), TaskWeightProbe()]
         callbacks = trainer_config.get("callbacks") or []
         return super().instantiate_trainer(
             logger=self._get(self.config_init, "tracking"), callbacks=[*callbacks, *extra], **kwargs
@@ -134,8 +134,7 @@ def resume_run(path: str, cli: TrainCLI, logger: TrackingLogger) -> None:
             the rest of the run another experiment, or there is nothing left to train.
     """
     checkpoint = read_checkpoint(path)
-    stored, asked = dict(checkpoint["hyper_parameters"]), dict(cli.model.hparams)
-    stored["backbone"] = dataclasses.asdict(backbone_config(stored["backbone"]))  # older ones name no kind
+    stored, asked = completed_settings(checkpoint["hyper_parameters"]), dict(cli.model.hparams)
     stored.update(checkpoint.get(RESUME_KEY, {}))
     asked.update(resume_settings(cli.trainer, cli.datamodule))
     for part in sorted(stored.keys() | asked.keys()):

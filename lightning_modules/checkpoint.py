@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_modules.backbones.build import backbone_config
+from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
 from lightning_modules.denoiser import BaselineModule, DenoiserModule, DTRModule
 from lightning_modules.diffusion import DiffusionConfig
@@ -64,6 +67,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint as this version writes them: what older ones did not have yet, at its default.
+
+    Raises:
+        KeyError, TypeError: If they are not a denoiser's.
+        UserInputError: If a value is out of range.
+    """
+    parts = {
+        "diffusion": DiffusionConfig,
+        "loss_weight": LossWeightConfig,
+        "intervals": IntervalConfig,
+        "balancing": BalancingConfig,
+        "optimization": OptimizationConfig,
+        "validation": ValidationConfig,
+        **({"routing": MaskConfig} if "routing" in stored else {}),
+    }
+    made = {name: dataclasses.asdict(kind(**stored.get(name, {}))) for name, kind in parts.items()}
+    return {**stored, **made, "backbone": dataclasses.asdict(backbone_config(stored["backbone"]))}
+
+
 def load_denoiser(path: str | Path) -> DenoiserModule:
     """The module that a checkpoint holds, with its weights and their average, in evaluation mode, on the CPU.
 
@@ -71,13 +94,14 @@ def load_denoiser(path: str | Path) -> DenoiserModule:
         UserInputError: As `read_checkpoint`, and if the weights do not fit the settings stored beside them.
     """
     checkpoint = read_checkpoint(path)
-    settings = dict(checkpoint["hyper_parameters"])
     try:
+        settings = completed_settings(checkpoint["hyper_parameters"])
         arguments: dict[str, Any] = {
             "backbone": backbone_config(settings["backbone"]),
             "diffusion": DiffusionConfig(**settings["diffusion"]),
             "loss_weight": LossWeightConfig(**settings["loss_weight"]),
             "intervals": IntervalConfig(**settings["intervals"]),
+            "balancing": BalancingConfig(**settings["balancing"]),
             "optimization": OptimizationConfig(**settings["optimization"]),
             "validation": ValidationConfig(**settings["validation"]),
             "seed": settings["seed"],

@@ -2,237 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
-
-import pytorch_lightning as pl
-import torch
-from torch import Tensor
-
-from lightning_modules.backbones.build import build_backbone
 from lightning_modules.backbones.dit import DiTConfig
 from lightning_modules.backbones.unet_config import UNetConfig
+from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
-from lightning_modules.diffusion import DiffusionConfig, GaussianDiffusion
-from lightning_modules.ema import averaged_copy
-from lightning_modules.errors import UserInputError
-from lightning_modules.loss_weights import LossWeightConfig, loss_weight
-from lightning_modules.optimization import build_optimizer
-from lightning_modules.routing import MaskConfig, route
-from lightning_modules.schedule import completes_step
-from lightning_modules.seeding import seeded_dropout, seeded_generator
-from lightning_modules.tracking.records import interval_labels
+from lightning_modules.denoiser_base import DenoiserModule, NoisedBatch, SampleLosses
+from lightning_modules.diffusion import DiffusionConfig
+from lightning_modules.loss_weights import LossWeightConfig
+from lightning_modules.routing import MaskConfig
 
-TRAIN_STREAM, VALIDATION_STREAM, DROPOUT_STREAM = 0, 1, 2
-
-
-class NoisedBatch(NamedTuple):
-    """Everything random about one batch, drawn once, so that a step can be repeated exactly."""
-
-    x0: Tensor  # (B, C, H, W) in [-1, 1]
-    y: Tensor | None  # (B,) labels after label dropout; None if unconditional
-    t: Tensor  # (B,) timesteps
-    noise: Tensor  # (B, C, H, W) standard normal
-
-
-class SampleLosses(NamedTuple):
-    """Losses per sample, shape (B,)."""
-
-    loss: Tensor  # what training minimises: weighted mse + vb
-    mse: Tensor  # unweighted
-    vb: Tensor | None  # variational bound in bits per dimension, if the variance is learned
-
-
-class DenoiserModule(pl.LightningModule):
-    """Training and validation that plain and routed denoisers share; see `BaselineModule` and `DTRModule`.
-
-    Raises:
-        UserInputError: If the parts do not fit together.
-    """
-
-    def __init__(
-        self,
-        backbone: DiTConfig | UNetConfig,
-        # Not called routing: the parser hands defaults over to derived classes by name, and DTRModule's is not None.
-        routing_config: MaskConfig | None,
-        diffusion: DiffusionConfig,
-        loss_weight: LossWeightConfig,
-        intervals: IntervalConfig,
-        optimization: OptimizationConfig,
-        validation: ValidationConfig,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        if backbone.learn_sigma != (diffusion.variance == "learned_range"):
-            raise UserInputError(
-                f"backbone.learn_sigma is {backbone.learn_sigma} but diffusion.variance is {diffusion.variance!r}: "
-                "a learned variance needs both learn_sigma: true and variance: learned_range"
-            )
-        self.save_hyperparameters(
-            {
-                "class": type(self).__name__,
-                "backbone": dataclasses.asdict(backbone),
-                "diffusion": dataclasses.asdict(diffusion),
-                "loss_weight": dataclasses.asdict(loss_weight),
-                "intervals": dataclasses.asdict(intervals),
-                "optimization": dataclasses.asdict(optimization),
-                "validation": dataclasses.asdict(validation),
-                "seed": seed,
-                **({} if routing_config is None else {"routing": dataclasses.asdict(routing_config)}),
-            },
-            logger=False,
-        )
-        self.routing_config = routing_config
-        self.loss_weight = loss_weight
-        self.interval_config = intervals
-        self.optimization = optimization
-        self.validation = validation
-        self.seed = seed
-        self.diffusion = GaussianDiffusion(diffusion)
-        self.intervals = intervals.build(self.diffusion.log_snr)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.backbone = build_backbone(backbone)
-        if routing_config is not None:
-            route(self.backbone, routing_config, self.diffusion.num_timesteps)
-        self.ema = averaged_copy(self.backbone, optimization.ema_decay)
-        self._recent_losses: list[Tensor] = []
-        self.validation_moments = torch.zeros(0)
-
-    @property
-    def method(self) -> str:
-        """``"baseline"``, ``"dtr"`` or ``"random"``."""
-        return "baseline" if self.routing_config is None else self.routing_config.kind
-
-    def configure_model(self) -> None:
-        """Compiles in place, which leaves the state dict's keys as they are. The averaged copy stays eager."""
-        if self.optimization.compile:
-            self.backbone.compile()
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with an optional linear warm-up."""
-        return build_optimizer(self.backbone, self.optimization)
-
-    def generator(self, stream: int, batch_idx: int) -> torch.Generator:
-        """A generator on the module's device whose state depends on seed, stream, process and batch alone."""
-        seed = self.validation.seed if stream == VALIDATION_STREAM else self.seed
-        rank = self.global_rank if stream == TRAIN_STREAM else 0
-        return seeded_generator(seed, stream, rank, batch_idx, device=self.device)
-
-    def draw_timesteps(self, count: int, batch_idx: int) -> Tensor:
-        """The timesteps (B,) that `draw` gives a training batch of ``count`` images, without drawing the rest."""
-        return self.interval_config.sample(self.intervals, count, self.generator(TRAIN_STREAM, batch_idx))
-
-    def draw(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> NoisedBatch:
-        """The random part of training batch ``batch_idx``: the same whenever it is asked for."""
-        images, labels = batch
-        generator = self.generator(TRAIN_STREAM, batch_idx)
-        t = self.interval_config.sample(self.intervals, len(images), generator)
-        noise = torch.randn(images.shape, generator=generator, device=self.device, dtype=images.dtype)
-        conditional = self.backbone.config.num_classes > 0
-        y = self.backbone.drop_labels(labels, generator) if conditional else None
-        return NoisedBatch(images, y, t, noise)
-
-    def sample_losses(self, batch: NoisedBatch, backbone: torch.nn.Module | None = None) -> SampleLosses:
-        """Losses per sample, shape (B,), of the trained backbone or of the one given."""
-        model = self.backbone if backbone is None else backbone
-        x_t = self.diffusion.q_sample(batch.x0, batch.t, batch.noise)
-        output = model(x_t, batch.t, batch.y)
-        losses = self.diffusion.losses(output, batch.x0, x_t, batch.t, batch.noise)
-        weight = loss_weight(self.loss_weight, self.diffusion.snr[batch.t], self.diffusion.config.target)
-        loss = weight.to(losses.mse.dtype) * losses.mse
-        if losses.vb is not None:
-            loss = loss + losses.vb
-        return SampleLosses(loss, losses.mse, losses.vb)
-
-    def step_losses(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[NoisedBatch, SampleLosses]:
-        """What a training step draws, dropout included, and its losses: the same whenever it is asked for."""
-        drawn = self.draw(batch, batch_idx)
-        with seeded_dropout(self.backbone, self.seed, DROPOUT_STREAM, self.global_rank, batch_idx):
-            return drawn, self.sample_losses(drawn)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
-        drawn, losses = self.step_losses(batch, batch_idx)
-        weighted = losses.loss
-        if self.interval_config.is_weighted:
-            weighted = weighted * self.intervals.importance(drawn.t)
-        loss = weighted.mean()
-        self._log_recent(loss.detach(), batch_idx)
-        vb = None if losses.vb is None else losses.vb.detach()
-        return {"loss": loss, "t": drawn.t, "sample_loss": losses.loss.detach(), "mse": losses.mse.detach(), "vb": vb}
-
-    def _log_recent(self, loss: Tensor, batch_idx: int) -> None:
-        """Logs the mean since the last logged step: a single small batch says little."""
-        self._recent_losses.append(loss)
-        if self._trainer is None:  # a step outside a training, as a test takes it
-            return
-        if completes_step(self.trainer, batch_idx) and self._logs_next_step():
-            self.log("loss/train", torch.stack(self._recent_losses).mean(), sync_dist=True)
-            # Lightning would name the step after the batch before this one; the house counts completed steps.
-            self.log("step", float(self.trainer.global_step + 1), sync_dist=True)
-            self._recent_losses.clear()
-
-    def _logs_next_step(self) -> bool:
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient before it is clipped."""
-        if self._logs_next_step():
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.log("optim/grad_norm", torch.nn.utils.get_total_norm(gradients))
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, then lets the average follow."""
-        super().optimizer_step(*args, **kwargs)
-        self.ema.update_parameters(self.backbone)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Asks to stop at the last step: Lightning then validates once more, whatever the validation interval."""
-        if self.trainer.global_step == self.trainer.max_steps:
-            self.trainer.should_stop = True
-
-    def on_validation_epoch_start(self) -> None:
-        """Clears the moments: rows count, sum and sum of squares of mse, then of vb, per timestep."""
-        self.validation_moments = torch.zeros(
-            (2, 3, self.diffusion.num_timesteps), dtype=torch.float64, device=self.device
-        )
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Losses of the averaged weights on held-out images, at t and noise that are the same in every run."""
-        images, labels = batch
-        y = labels if self.backbone.config.num_classes > 0 else None
-        for repeat in range(self.validation.repeats):
-            generator = self.generator(VALIDATION_STREAM, batch_idx * self.validation.repeats + repeat)
-            t = self.intervals.sample_stratified(len(images), generator)
-            noise = torch.randn(images.shape, generator=generator, device=self.device, dtype=images.dtype)
-            losses = self.sample_losses(NoisedBatch(images, y, t, noise), self.ema.module)
-            add_moments(self.validation_moments[0], t, losses.mse)
-            if losses.vb is not None:
-                add_moments(self.validation_moments[1], t, losses.vb)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the mean over timesteps, and the mean per interval, each interval weighing by its width."""
-        metrics = self.interval_means(self.validation_moments[0], "loss/val")
-        if self.diffusion.config.variance == "learned_range":
-            metrics["loss/val_vb"] = self.interval_means(self.validation_moments[1], "loss/val")["loss/val"]
-        self.log_dict({**metrics, "step": float(self.trainer.global_step)}, sync_dist=True)
-
-    def interval_means(self, moments: Tensor, name: str) -> dict[str, Tensor]:
-        """``name`` for the mean over uniform t and ``name_<interval>`` for each interval, from moments (3, T)."""
-        task = self.intervals.task_of(torch.arange(self.diffusion.num_timesteps, device=moments.device))
-        count, total = (
-            torch.zeros(self.intervals.num_intervals, dtype=moments.dtype, device=moments.device).index_add_(
-                0, task, row
-            )
-            for row in moments[:2]
-        )
-        means = total / count
-        widths = torch.tensor(self.intervals.widths, dtype=means.dtype, device=means.device)
-        metrics = {name: (means * widths).sum() / widths.sum()}
-        for label, mean in zip(interval_labels(self.intervals.bounds), means, strict=True):
-            metrics[f"{name}_{label}"] = mean
-        return {key: value.float() for key, value in metrics.items()}
+__all__ = ["BaselineModule", "DTRModule", "DenoiserModule", "NoisedBatch", "SampleLosses"]
 
 
 class BaselineModule(DenoiserModule):
@@ -243,6 +22,7 @@ class BaselineModule(DenoiserModule):
         diffusion: Noise schedule, prediction target, variance.
         loss_weight: Weight of a sample's squared error by its SNR.
         intervals: The tasks.
+        balancing: Multi-task method that combines the tasks' losses or gradients.
         optimization: Optimizer and weight average.
         validation: The fixed measurement.
         seed: Seed of initialisation, t, noise and label dropout. Runs with one seed share all of these.
@@ -254,11 +34,12 @@ class BaselineModule(DenoiserModule):
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008  (frozen)
         loss_weight: LossWeightConfig = LossWeightConfig(),  # noqa: B008
         intervals: IntervalConfig = IntervalConfig(),  # noqa: B008
+        balancing: BalancingConfig = BalancingConfig(),  # noqa: B008
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008
         seed: int = 0,
     ) -> None:
-        super().__init__(backbone, None, diffusion, loss_weight, intervals, optimization, validation, seed)
+        super().__init__(backbone, None, diffusion, loss_weight, intervals, balancing, optimization, validation, seed)
 
 
 class DTRModule(DenoiserModule):
@@ -270,6 +51,7 @@ class DTRModule(DenoiserModule):
         diffusion: Noise schedule, prediction target, variance.
         loss_weight: Weight of a sample's squared error by its SNR.
         intervals: The tasks.
+        balancing: Multi-task method that combines the tasks' losses or gradients.
         optimization: Optimizer and weight average.
         validation: The fixed measurement.
         seed: Seed of initialisation, t, noise and label dropout; random masks have their own, ``routing.seed``.
@@ -282,14 +64,11 @@ class DTRModule(DenoiserModule):
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008
         loss_weight: LossWeightConfig = LossWeightConfig(),  # noqa: B008
         intervals: IntervalConfig = IntervalConfig(),  # noqa: B008
+        balancing: BalancingConfig = BalancingConfig(),  # noqa: B008
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008
         seed: int = 0,
     ) -> None:
-        super().__init__(backbone, routing, diffusion, loss_weight, intervals, optimization, validation, seed)
-
-
-def add_moments(moments: Tensor, t: Tensor, values: Tensor) -> None:
-    """Adds count, sum and sum of squares of ``values`` (B,) at ``t`` (B,) to ``moments`` (3, T), in place."""
-    values = values.detach().to(moments.dtype)
-    moments.index_add_(1, t, torch.stack([torch.ones_like(values), values, values.square()]))
+        super().__init__(
+            backbone, routing, diffusion, loss_weight, intervals, balancing, optimization, validation, seed
+        )

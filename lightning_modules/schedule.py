@@ -1,4 +1,4 @@
-"""Which batches belong to which optimizer step, and when a callback measures."""
+"""Which batches belong to which optimizer step, when a callback measures, and what the loss is scaled by."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def is_scheduled(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> boo
 def completes_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether the optimizer steps at the end of this batch: always, unless gradients are accumulated over several."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """What a gradient scaler multiplies the loss by at present; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()

@@ -34,5 +34,13 @@ def seeded_dropout(model: nn.Module, *entropy: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def seeded_global(*entropy: int) -> Iterator[None]:
+    """Lets whatever draws from torch's global generator on the CPU draw the same for the same integers, unnoticed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_state(entropy))
+        yield
+
+
 def _state(entropy: tuple[int, ...]) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])

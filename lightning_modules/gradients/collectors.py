@@ -42,7 +42,10 @@ class GramianCollector:
 
     Attributes:
         values: (parameters, G, G), float64 (float32 on devices without it).
+        takes_products: Whether inner products may come in place of the gradients, where they are cheaper.
     """
+
+    takes_products = True
 
     def __init__(self, num_parameters: int, num_groups: int, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -16,33 +16,30 @@ def uncovered_parameters(
     parameters: Sequence[nn.Parameter],
     ledger: Ledger,
     products: Tensor,
-    before: Sequence[Tensor | None] | None,
+    norms: Sequence[Tensor | None] | None,
     half: bool,
 ) -> list[int]:
     """Parameters whose group gradients are not known to be complete.
 
-    The sum of all products is the squared norm of the whole gradient; if it is not that of ``.grad``, then part of the
-    gradient came by a way that was not seen.
+    The sum of all products is the squared norm of the whole gradient; if autograd's has another, then part of it came
+    by a way that was not seen.
 
     Args:
         parameters: All of them.
         ledger: What arrived.
         products: (parameters, G, G), of the parts of the back-propagated loss.
-        before: ``.grad`` before the measurement; None if its backward pass was not seen.
+        norms: Norm of each parameter's gradient in this measurement, None where there is none; None in all if the
+            backward pass was not seen.
         half: Whether parts of the model ran in half precision.
     """
     uncovered = set(ledger.uncovered)
-    for index, parameter in enumerate(parameters):
-        if index not in ledger.delivered and (parameter.grad is not None or before is None):
+    for index in range(len(parameters)):
+        if index not in ledger.delivered and (norms is None or norms[index] is not None):
             uncovered.add(index)
     several = dist.is_initialized() and dist.get_world_size() > 1  # then .grad is, or will be, an average over them
-    if before is not None and not several:
+    if norms is not None and not several:
         zero = products.new_zeros(())
-        norms = [
-            zero if p.grad is None else _norm(p.grad if old is None else p.grad - old).to(products)
-            for p, old in zip(parameters, before, strict=True)
-        ]
-        expected = torch.stack(norms).square()
+        expected = torch.stack([zero if norm is None else norm.to(products) for norm in norms]).square()
         deviation = (products.sum((1, 2)) - expected).abs()
         suspect = deviation > _tolerance(parameters, half) * products.abs().sum((1, 2))
         overflow = ~products.isfinite().all(2).all(1)  # a gradient scaler deals with it
@@ -70,6 +67,15 @@ def _tolerance(parameters: Sequence[nn.Parameter], half: bool) -> float:
     return 1e-9 if all(p.dtype == torch.float64 for p in parameters) else 1e-3
 
 
-def _norm(gradient: Tensor) -> Tensor:
+def accumulated_norms(parameters: Sequence[nn.Parameter], before: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Norms of what has been added to ``.grad`` since it was as in ``before``; None where there is no gradient."""
+    return [
+        None if p.grad is None else gradient_norm(p.grad if old is None else p.grad - old)
+        for p, old in zip(parameters, before, strict=True)
+    ]
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """The Euclidean norm of a gradient, dense or sparse, not summed in half precision."""
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return torch.linalg.vector_norm(values, dtype=torch.float32 if values.element_size() < 4 else None)

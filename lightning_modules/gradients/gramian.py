@@ -63,6 +63,24 @@ def by_layer(names: Sequence[str], values: Tensor) -> tuple[tuple[str, ...], Ten
     return layers, torch.zeros((len(layers), *values.shape[1:])).to(values).index_add_(0, at, values)
 
 
+def layered_gramian(
+    parameters: Mapping[str, nn.Parameter], products: Tensor, counts: Tensor, uncovered: Sequence[int]
+) -> Gramian:
+    """The Gramian of every layer from the products (P, G, G) of its parameters.
+
+    Args:
+        parameters: All parameters by name, in the order of ``products``.
+        products: Their inner products.
+        counts: Samples per group (G,).
+        uncovered: Numbers of the parameters that the products are not exact for.
+    """
+    names = list(parameters)
+    layers, values = by_layer(names, products)
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    coverage = 1 - sum(sizes[index] for index in uncovered) / sum(sizes)
+    return Gramian(layers, values, counts, coverage, tuple(names[index] for index in uncovered))
+
+
 def gramian_by_subbatches(
     sample_loss: Callable[[Tensor], Tensor],
     parameters: Mapping[str, nn.Parameter],

@@ -31,6 +31,16 @@ class Operand(NamedTuple):
     leaf: bool
 
 
+class _Nobody:
+    """A collector that forgets."""
+
+    def collect(self, index: int, start: int, rows: Tensor) -> None:
+        """Takes a piece."""
+
+    def finish(self, factors: Tensor) -> None:
+        """Ends a measurement."""
+
+
 class Ledger:
     """Passes group gradients on to a collector once a parameter's gradient is complete.
 
@@ -56,6 +66,7 @@ class Ledger:
         self.groups = groups
         self.delivered: set[int] = set()
         self.uncovered: set[int] = set()
+        self.released = False
         self._parameters = parameters
         self._collector = collector
         self._retain = retain
@@ -78,7 +89,8 @@ class Ledger:
 
     def takes_products(self, operand: Operand) -> bool:
         """Whether inner products may be delivered in place of gradients."""
-        return isinstance(self._collector, GramianCollector) and self._reduce is None and self._passes(operand)
+        wanted = isinstance(self._collector, GramianCollector) and self._collector.takes_products
+        return wanted and self._reduce is None and self._passes(operand)
 
     def deliver_products(self, operand: Operand, products: Tensor) -> None:
         """Takes inner products (G, G) of a parameter's group gradients; see `takes_products`."""
@@ -99,7 +111,7 @@ class Ledger:
             Their sum over groups, in the shape and type of the operand: the gradient that training needs.
         """
         target = operand.tensor
-        streams = self._passes(operand)
+        streams = self.released or self._passes(operand)
         total = kept = None
         for start, rows in pieces:
             rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
@@ -124,6 +136,13 @@ class Ledger:
     def uncover_all(self) -> None:
         """Notes that samples could not be told apart somewhere: no split can be vouched for."""
         self.uncovered.update(range(len(self._parameters)))
+
+    def release(self) -> None:
+        """Ends the splitting: gradients of further backward passes go to nobody, at the cost of ordinary ones."""
+        one = torch.zeros(self.groups.size, dtype=torch.long, device=self.groups.group.device)
+        self.groups, self.released = Groups(one, 1), True
+        self._collector, self._reduce, self._retain = _Nobody(), None, False
+        self._kept.clear()
 
     def settle(self) -> None:
         """Passes on whatever is still kept."""

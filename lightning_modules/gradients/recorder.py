@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_modules.gradients.backward import BACKWARD, run_backward
 from lightning_modules.gradients.collectors import Collector, GramianCollector
-from lightning_modules.gradients.coverage import refuse_batch_statistics, uncovered_parameters
-from lightning_modules.gradients.gramian import Gramian, by_layer, trained_parameters
+from lightning_modules.gradients.coverage import accumulated_norms, refuse_batch_statistics, uncovered_parameters
+from lightning_modules.gradients.gramian import Gramian, layered_gramian, trained_parameters
 from lightning_modules.gradients.groups import Groups, mean_factors
 from lightning_modules.gradients.layout import ELEMENTWISE, LOST, Call, keeps_samples, tensors_in
 from lightning_modules.gradients.ledger import Ledger, Operand
@@ -167,15 +167,15 @@ class GramianRecorder(TorchFunctionMode):
             raise TypeError(f"the gradients went to a {type(self._collector).__name__}: ask it for the result")
         self.ledger.settle()
         uncovered = uncovered_parameters(
-            self._parameters, self.ledger, self._collector.values, self._before, self._half
+            self._parameters, self.ledger, self._collector.values, self._gradient_norms(), self._half
         )
         self.finish()
-        layers, values = by_layer(self.names, self._collector.values)
-        sizes = [parameter.numel() for parameter in self._parameters]
-        coverage = 1 - sum(sizes[index] for index in uncovered) / sum(sizes)
-        names = tuple(self.names[index] for index in uncovered)
-        self._result = Gramian(layers, values, self._counts, coverage, names)
+        named = dict(zip(self.names, self._parameters, strict=True))
+        self._result = layered_gramian(named, self._collector.values, self._counts, uncovered)
         return self._result
+
+    def _gradient_norms(self) -> list[Tensor | None] | None:
+        return None if self._before is None else accumulated_norms(self._parameters, self._before)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -57,6 +57,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Passes the gradient on, and splits the operands' gradients."""
         saved = ctx.saved_tensors  # under checkpointing this runs the forward pass again, which the recorder must see
+        if ctx.ledger.released and not ctx.operation.operands:  # autograd computes their gradients by itself
+            return grad, None, None, *(None for _ in saved)
         with torch._C.DisableTorchFunction():
             totals = ctx.operation.split(ctx.ledger, saved, grad)
         return grad, None, None, *(None for _ in saved), *totals

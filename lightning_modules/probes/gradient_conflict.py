@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from lightning_modules.errors import UserInputError
 from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
 from lightning_modules.gradients.gramian import trained_parameters
 from lightning_modules.gradients.verification import WeightedGradient, deviations, weighted_gradient, without_layers
-from lightning_modules.schedule import is_scheduled
+from lightning_modules.schedule import is_scheduled, loss_scale
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.heatmap import heatmap_image
 from lightning_modules.tracking.records import GRADIENT_GRAMIAN, interval_labels
@@ -65,6 +66,7 @@ class GradientConflictProbe(pl.Callback):
         self.processes: Literal["global", "local"] = processes
         self._recorder: GramianRecorder | None = None
         self._gramian: Gramian | None = None
+        self._shares = False  # whether the balancer measures in this step, and not a recorder of ours
         self._group = torch.zeros(0)
         self._step = 0
         self._verifies = verify
@@ -91,7 +93,7 @@ class GradientConflictProbe(pl.Callback):
         self, trainer: pl.Trainer, pl_module: DenoiserModule, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         """Starts recording in the steps that the schedule names."""
-        self._stop()
+        self._stop(pl_module)
         if not is_scheduled(trainer, batch_idx, self.every_n_steps):
             return
         intervals = pl_module.intervals
@@ -107,17 +109,23 @@ class GradientConflictProbe(pl.Callback):
                 trained_parameters(pl_module.backbone),
                 group,
                 num_groups,
-                loss_scale=_loss_scale(trainer),
+                loss_scale=loss_scale(trainer),
                 processes=self.processes,
             )
+        self._step = trainer.global_step + 1
+        self._group = group
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if pl_module.balancer.measures(trainer.global_step, first):  # it records this step itself, for us too
+            pl_module.gramian_halves = self.halves
+            self._shares = True
+            return
         self._recorder = GramianRecorder(
             pl_module.backbone,
             group,
             num_groups,
-            scale=self._scale(trainer, pl_module),
+            scale=self._scale(pl_module, trainer.accumulate_grad_batches / loss_scale(trainer)),
             processes=self.processes,
         )
-        self._step = trainer.global_step + 1
         self._recorder.__enter__()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
@@ -126,13 +134,16 @@ class GradientConflictProbe(pl.Callback):
             recorder, self._recorder = self._recorder, None
             recorder.__exit__(None, None, None)
             self._gramian = self._verified(trainer, pl_module, recorder.result())
-            self._group = recorder.groups.group
+        elif self._shares and pl_module.balancer.gramian is not None:
+            gramian, scale = pl_module.balancer.gramian, self._scale(pl_module, 1.0)
+            scaled = dataclasses.replace(gramian, values=gramian.values * scale[:, None] * scale)
+            self._gramian = self._verified(trainer, pl_module, scaled)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: DenoiserModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes what was measured in this batch."""
-        self._stop()
+        self._stop(pl_module)
         if self._gramian is not None:
             gramian, self._gramian = self._gramian, None
             self._warn_if_incomplete(gramian)
@@ -150,9 +161,11 @@ class GradientConflictProbe(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: DenoiserModule, exception: BaseException) -> None:
         """Stops recording."""
-        self._stop()
+        self._stop(pl_module)
 
-    def _stop(self) -> None:
+    def _stop(self, module: DenoiserModule) -> None:
+        if self._shares:
+            module.gramian_halves, self._shares = 1, False
         if self._recorder is not None:
             self._recorder.__exit__(None, None, None)
             self._recorder = None
@@ -167,9 +180,8 @@ class GradientConflictProbe(pl.Callback):
             self._wrong = {layer for layer, error in deviations(gramian, expected).items() if error > tolerance}
         return without_layers(gramian, self._wrong, trained_parameters(module.backbone)) if self._wrong else gramian
 
-    def _scale(self, trainer: pl.Trainer, module: DenoiserModule) -> Tensor:
-        """Factors (G,) that take out what training multiplies the losses by."""
-        factor = trainer.accumulate_grad_batches / _loss_scale(trainer)
+    def _scale(self, module: DenoiserModule, factor: float) -> Tensor:
+        """Factors (G,): ``factor``, over the tasks' importance that training multiplies the losses by."""
         scale = torch.full((module.intervals.num_intervals,), factor, dtype=torch.float64)
         if module.interval_config.is_weighted:
             lowest = torch.tensor(module.intervals.bounds[:-1])
@@ -222,11 +234,6 @@ class GradientConflictProbe(pl.Callback):
             writer.log_image(
                 "conflict_cosine", heatmap_image(cosine, labels, title=f"Gradient cosine, step {step}"), step
             )
-
-
-def _loss_scale(trainer: pl.Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def task_cosine(gramian: np.ndarray, counts: np.ndarray, halves: int) -> np.ndarray:

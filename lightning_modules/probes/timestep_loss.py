@@ -8,8 +8,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_modules.denoiser import DenoiserModule, add_moments
+from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
+from lightning_modules.moments import add_moments
 from lightning_modules.schedule import completes_step
 from lightning_modules.tracking.callback import writer_of
 from lightning_modules.tracking.records import TIMESTEP_LOSS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_modules.config import IntervalConfig, OptimizationConfig
-from lightning_modules.denoiser import BaselineModule, NoisedBatch, add_moments
+from lightning_modules.denoiser import BaselineModule, NoisedBatch
 from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig
@@ -148,24 +148,6 @@ def test_validation_measures_the_averaged_weights_on_noise_that_never_changes(ma
     module.validation_step(batch, 1)
     second = module.validation_moments - twin.validation_moments
     assert not torch.equal(second, twin.validation_moments), "another batch has other noise"
-
-
-def test_interval_means_weigh_each_interval_by_its_width(make_denoiser):
-    module = make_denoiser(intervals=IntervalConfig(bounds=[0, 250, 1000]))
-    moments = torch.zeros(3, 1000, dtype=torch.float64)
-    add_moments(moments, torch.tensor([0, 10, 500]), torch.tensor([1.0, 3.0, 10.0]))
-    means = module.interval_means(moments, "loss/val")
-    assert {key: round(value.item(), 6) for key, value in means.items()} == {
-        "loss/val": 0.25 * 2 + 0.75 * 10,
-        "loss/val_t000-249": 2.0,
-        "loss/val_t250-999": 10.0,
-    }
-
-
-def test_moments_accumulate_repeated_timesteps():
-    moments = torch.zeros(3, 5, dtype=torch.float64)
-    add_moments(moments, torch.tensor([1, 1, 4]), torch.tensor([2.0, 3.0, 5.0]))
-    assert moments.tolist() == [[0, 2, 0, 0, 1], [0, 5, 0, 0, 5], [0, 13, 0, 0, 25]]
 
 
 def test_learned_variance_adds_the_variational_term(make_denoiser, batch):

@@ -40,7 +40,7 @@ def writer(monkeypatch) -> MemoryWriter:
 def fit():
     """Trains a denoiser on digits with the given callbacks."""
 
-    def run(module, *callbacks, steps=4, batch_size=16, **settings):
+    def run(module, *callbacks, steps=4, batch_size=16, ckpt_path=None, **settings):
         data = DigitsData(batch_size=batch_size)
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -54,7 +54,7 @@ def fit():
             num_sanity_val_steps=0,
             **{"limit_val_batches": 0, "val_check_interval": steps, "check_val_every_n_epoch": None, **settings},
         )
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
         return trainer
 
     return run

@@ -21,7 +21,14 @@ ENTROPY = (5, 3, 2)
 def network() -> nn.Module:
     torch.manual_seed(0)
     config = DiTConfig(
-        input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=3, learn_sigma=False
+        input_size=8,
+        patch_size=4,
+        in_channels=1,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        learn_sigma=False,
     )
     return shaken(DiT(config))
 

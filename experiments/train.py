@@ -111,8 +111,22 @@ def check_fit(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None
         )
     if data.batch_size % trainer.world_size:
         raise UserInputError(f"data.batch_size {data.batch_size} must be divisible by {trainer.world_size} processes")
+    _check_sampler(module, trainer)
     data.setup("fit")
     _check_validation(module, data)
+
+
+def _check_sampler(module: DenoiserModule, trainer: Trainer) -> None:
+    """A sampler that goes by the gradients' noise needs the probe that measures it."""
+    if module.sampler_config.name != "gradient_noise":
+        return
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    probes = [each for each in callbacks if isinstance(each, GradientConflictProbe) and each.every_n_steps]
+    if not any(probe.halves >= 2 for probe in probes):
+        raise UserInputError(
+            "sampler.name gradient_noise learns from the gradient_conflict probe: set gradient_conflict.every_n_steps "
+            "above 0 and gradient_conflict.halves to 2 or more"
+        )
 
 
 def _check_validation(module: DenoiserModule, data: ImageData) -> None:

@@ -20,6 +20,7 @@ from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig
 from lightning_modules.routing import MaskConfig
+from lightning_modules.samplers import SamplerConfig
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -78,11 +79,17 @@ def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
         "diffusion": DiffusionConfig,
         "loss_weight": LossWeightConfig,
         "intervals": IntervalConfig,
+        "sampler": SamplerConfig,
         "balancing": BalancingConfig,
         "optimization": OptimizationConfig,
         "validation": ValidationConfig,
         **({"routing": MaskConfig} if "routing" in stored else {}),
     }
+    stored = dict(stored)
+    sampling = stored["intervals"].get("sampling")  # where the sampler's name was, when there were two
+    if sampling is not None:
+        stored["intervals"] = {key: value for key, value in stored["intervals"].items() if key != "sampling"}
+        stored["sampler"] = {"name": sampling}
     made = {name: dataclasses.asdict(kind(**stored.get(name, {}))) for name, kind in parts.items()}
     return {**stored, **made, "backbone": dataclasses.asdict(backbone_config(stored["backbone"]))}
 
@@ -101,6 +108,7 @@ def load_denoiser(path: str | Path) -> DenoiserModule:
             "diffusion": DiffusionConfig(**settings["diffusion"]),
             "loss_weight": LossWeightConfig(**settings["loss_weight"]),
             "intervals": IntervalConfig(**settings["intervals"]),
+            "sampler": SamplerConfig(**settings["sampler"]),
             "balancing": BalancingConfig(**settings["balancing"]),
             "optimization": OptimizationConfig(**settings["optimization"]),
             "validation": ValidationConfig(**settings["validation"]),

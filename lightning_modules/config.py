@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lightning_modules.errors import UserInputError
@@ -15,30 +14,25 @@ from lightning_modules.timesteps import TimestepIntervals
 
 @dataclasses.dataclass(frozen=True)
 class IntervalConfig:
-    """How timesteps are divided into tasks, and how training draws them.
+    """How timesteps are divided into tasks.
 
     Attributes:
         num_intervals: K, the number of tasks. Ignored when ``bounds`` is given.
         spacing: Equal widths in t (``"uniform"``) or in log-SNR (``"log_snr"``).
         bounds: Explicit bounds, K + 1 integers from 0 to T.
-        sampling: ``"stratified"`` gives every task the same number of samples in each batch, ordered by task, and
-            weights the loss so that it still estimates the average over uniform t; ``"uniform"`` draws t at random.
         only: Train this task alone: every training timestep comes from its interval, drawn uniformly, whatever
-            ``sampling`` says. Such a specialist is what a shared model is held against to find negative transfer
+            the sampler. Such a specialist is what a shared model is held against to find negative transfer
             (``dtr-lab specialists`` trains one for each task). Validation covers all intervals.
     """
 
     num_intervals: int = 8
     spacing: Literal["uniform", "log_snr"] = "uniform"
     bounds: list[int] | None = None
-    sampling: Literal["stratified", "uniform"] = "stratified"
     only: int | None = None
 
     def __post_init__(self) -> None:
         if self.spacing not in ("uniform", "log_snr"):
             raise UserInputError(f"intervals.spacing must be 'uniform' or 'log_snr', got {self.spacing!r}")
-        if self.sampling not in ("stratified", "uniform"):
-            raise UserInputError(f"intervals.sampling must be 'stratified' or 'uniform', got {self.sampling!r}")
 
     def build(self, log_snr: Sequence[float] | Tensor) -> TimestepIntervals:
         """The intervals over the timesteps whose log-SNR is given, length T.
@@ -53,19 +47,6 @@ class IntervalConfig:
                 f"{intervals.num_intervals - 1}, got {self.only}"
             )
         return intervals
-
-    @property
-    def is_weighted(self) -> bool:
-        """Whether samples are weighted by `TimestepIntervals.importance` in the training loss."""
-        return self.sampling == "stratified" and self.only is None
-
-    def sample(self, intervals: TimestepIntervals, count: int, generator: torch.Generator) -> Tensor:
-        """Training timesteps (B,) from the intervals that `build` gave."""
-        if self.only is not None:
-            return intervals.sample_within(self.only, count, generator)
-        if self.sampling == "stratified":
-            return intervals.sample_stratified(count, generator)
-        return intervals.sample_uniform(count, generator)
 
     def _build(self, log_snr: Sequence[float] | Tensor) -> TimestepIntervals:
         if self.bounds is not None:

@@ -6,10 +6,12 @@ from lightning_modules.backbones.dit import DiTConfig
 from lightning_modules.backbones.unet_config import UNetConfig
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
-from lightning_modules.denoiser_base import DenoiserModule, NoisedBatch, SampleLosses
+from lightning_modules.denoiser_base import DenoiserModule
 from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.loss_weights import LossWeightConfig
+from lightning_modules.objective import NoisedBatch, SampleLosses
 from lightning_modules.routing import MaskConfig
+from lightning_modules.samplers import SamplerConfig
 
 __all__ = ["BaselineModule", "DTRModule", "DenoiserModule", "NoisedBatch", "SampleLosses"]
 
@@ -22,6 +24,7 @@ class BaselineModule(DenoiserModule):
         diffusion: Noise schedule, prediction target, variance.
         loss_weight: Weight of a sample's squared error by its SNR.
         intervals: The tasks.
+        sampler: Which timesteps training draws.
         balancing: Multi-task method that combines the tasks' losses or gradients.
         optimization: Optimizer and weight average.
         validation: The fixed measurement.
@@ -34,12 +37,15 @@ class BaselineModule(DenoiserModule):
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008  (frozen)
         loss_weight: LossWeightConfig = LossWeightConfig(),  # noqa: B008
         intervals: IntervalConfig = IntervalConfig(),  # noqa: B008
+        sampler: SamplerConfig = SamplerConfig(),  # noqa: B008
         balancing: BalancingConfig = BalancingConfig(),  # noqa: B008
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008
         seed: int = 0,
     ) -> None:
-        super().__init__(backbone, None, diffusion, loss_weight, intervals, balancing, optimization, validation, seed)
+        super().__init__(
+            backbone, None, diffusion, loss_weight, intervals, sampler, balancing, optimization, validation, seed
+        )
 
 
 class DTRModule(DenoiserModule):
@@ -51,6 +57,7 @@ class DTRModule(DenoiserModule):
         diffusion: Noise schedule, prediction target, variance.
         loss_weight: Weight of a sample's squared error by its SNR.
         intervals: The tasks.
+        sampler: Which timesteps training draws.
         balancing: Multi-task method that combines the tasks' losses or gradients.
         optimization: Optimizer and weight average.
         validation: The fixed measurement.
@@ -64,11 +71,12 @@ class DTRModule(DenoiserModule):
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008
         loss_weight: LossWeightConfig = LossWeightConfig(),  # noqa: B008
         intervals: IntervalConfig = IntervalConfig(),  # noqa: B008
+        sampler: SamplerConfig = SamplerConfig(),  # noqa: B008
         balancing: BalancingConfig = BalancingConfig(),  # noqa: B008
         optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__(
-            backbone, routing, diffusion, loss_weight, intervals, balancing, optimization, validation, seed
+            backbone, routing, diffusion, loss_weight, intervals, sampler, balancing, optimization, validation, seed
         )

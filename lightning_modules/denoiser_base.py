@@ -1,53 +1,35 @@
-"""What plain and routed denoisers share: draws, losses, training and validation, as a Lightning module."""
+"""What plain and routed denoisers share: training and validation, as a Lightning module."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_modules.backbones.build import build_backbone
 from lightning_modules.backbones.dit import DiTConfig
 from lightning_modules.backbones.unet_config import UNetConfig
 from lightning_modules.balancing.balancer import Situation, build_balancer
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
-from lightning_modules.diffusion import DiffusionConfig, GaussianDiffusion
+from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.ema import averaged_copy
 from lightning_modules.errors import UserInputError
-from lightning_modules.loss_weights import LossWeightConfig, loss_weight
+from lightning_modules.loss_weights import LossWeightConfig
+from lightning_modules.method_tag import method_tag
 from lightning_modules.moments import add_moments, interval_means
+from lightning_modules.objective import BALANCING_STREAM, VALIDATION_STREAM, DenoisingObjective, NoisedBatch
 from lightning_modules.optimization import build_optimizer
-from lightning_modules.routing import MaskConfig, route
+from lightning_modules.routing import MaskConfig
+from lightning_modules.samplers import SamplerConfig
 from lightning_modules.schedule import completes_step, loss_scale
-from lightning_modules.seeding import seeded_dropout, seeded_generator
 
-TRAIN_STREAM, VALIDATION_STREAM, DROPOUT_STREAM, BALANCING_STREAM = 0, 1, 2, 3
 BALANCING_KEY = "dtr_balancing"
 """Where a checkpoint keeps the state of the balancing method."""
 
 
-class NoisedBatch(NamedTuple):
-    """Everything random about one batch, drawn once, so that a step can be repeated exactly."""
-
-    x0: Tensor  # (B, C, H, W) in [-1, 1]
-    y: Tensor | None  # (B,) labels after label dropout; None if unconditional
-    t: Tensor  # (B,) timesteps
-    noise: Tensor  # (B, C, H, W) standard normal
-
-
-class SampleLosses(NamedTuple):
-    """Losses per sample, shape (B,)."""
-
-    loss: Tensor  # what training minimises: weighted mse + vb
-    mse: Tensor  # unweighted
-    vb: Tensor | None  # variational bound in bits per dimension, if the variance is learned
-
-
-class DenoiserModule(pl.LightningModule):
+class DenoiserModule(DenoisingObjective):
     """Training and validation that plain and routed denoisers share; see `BaselineModule` and `DTRModule`.
 
     Raises:
@@ -62,16 +44,17 @@ class DenoiserModule(pl.LightningModule):
         diffusion: DiffusionConfig,
         loss_weight: LossWeightConfig,
         intervals: IntervalConfig,
+        sampler: SamplerConfig,
         balancing: BalancingConfig,
         optimization: OptimizationConfig,
         validation: ValidationConfig,
         seed: int,
     ) -> None:
-        super().__init__()
-        if backbone.learn_sigma != (diffusion.variance == "learned_range"):
+        super().__init__(backbone, routing_config, diffusion, loss_weight, intervals, sampler, validation, seed)
+        if intervals.only is not None and balancing.method != "none":
             raise UserInputError(
-                f"backbone.learn_sigma is {backbone.learn_sigma} but diffusion.variance is {diffusion.variance!r}: "
-                "a learned variance needs both learn_sigma: true and variance: learned_range"
+                f"intervals.only trains one task, so that balancing.method {balancing.method} has nothing to balance: "
+                "set it to none"
             )
         self.save_hyperparameters(
             {
@@ -80,6 +63,7 @@ class DenoiserModule(pl.LightningModule):
                 "diffusion": dataclasses.asdict(diffusion),
                 "loss_weight": dataclasses.asdict(loss_weight),
                 "intervals": dataclasses.asdict(intervals),
+                "sampler": dataclasses.asdict(sampler),
                 "balancing": dataclasses.asdict(balancing),
                 "optimization": dataclasses.asdict(optimization),
                 "validation": dataclasses.asdict(validation),
@@ -88,37 +72,21 @@ class DenoiserModule(pl.LightningModule):
             },
             logger=False,
         )
-        self.routing_config = routing_config
-        self.loss_weight = loss_weight
-        self.interval_config = intervals
         self.balancing = balancing
         self.optimization = optimization
-        self.validation = validation
-        self.seed = seed
-        self.diffusion = GaussianDiffusion(diffusion)
-        self.intervals = intervals.build(self.diffusion.log_snr)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.backbone = build_backbone(backbone)
-        if routing_config is not None:
-            route(self.backbone, routing_config, self.diffusion.num_timesteps)
         self.ema = averaged_copy(self.backbone, optimization.ema_decay)
-        if intervals.only is not None and balancing.method != "none":
-            raise UserInputError(
-                f"intervals.only trains one task, so that balancing.method {balancing.method} has nothing to balance: "
-                "set it to none"
-            )
         trained = sum(parameter.numel() for parameter in self.backbone.parameters() if parameter.requires_grad)
         self.balancer = build_balancer(balancing, self.intervals.num_intervals, trained)
         self.gramian_halves = 1
         self._drawn: NoisedBatch | None = None
+        self._importance = torch.ones(())
         self._recent_losses: list[Tensor] = []
         self.validation_moments = torch.zeros(0)
 
     @property
     def method(self) -> str:
-        """``"baseline"``, ``"dtr"`` or ``"random"``."""
-        return "baseline" if self.routing_config is None else self.routing_config.kind
+        """Routing and optimisation, see `method_tag`."""
+        return method_tag(self.routing_config, self.loss_weight, self.balancing, self.sampler_config)
 
     def configure_model(self) -> None:
         """Compiles in place, which leaves the state dict's keys as they are. The averaged copy stays eager."""
@@ -127,52 +95,10 @@ class DenoiserModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with an optional linear warm-up; learned loss weights have a learning rate of their own."""
-        return build_optimizer(self.backbone, self.optimization, [(self.balancer, self.balancing.learning_rate)])
-
-    def generator(self, stream: int, batch_idx: int) -> torch.Generator:
-        """A generator on the module's device whose state depends on seed, stream, process and batch alone."""
-        seed = self.validation.seed if stream == VALIDATION_STREAM else self.seed
-        rank = self.global_rank if stream == TRAIN_STREAM else 0
-        return seeded_generator(seed, stream, rank, batch_idx, device=self.device)
-
-    def draw_timesteps(self, count: int, batch_idx: int) -> Tensor:
-        """The timesteps (B,) that `draw` gives a training batch of ``count`` images, without drawing the rest."""
-        return self.interval_config.sample(self.intervals, count, self.generator(TRAIN_STREAM, batch_idx))
-
-    def draw(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> NoisedBatch:
-        """The random part of training batch ``batch_idx``: the same whenever it is asked for."""
-        images, labels = batch
-        generator = self.generator(TRAIN_STREAM, batch_idx)
-        t = self.interval_config.sample(self.intervals, len(images), generator)
-        noise = torch.randn(images.shape, generator=generator, device=self.device, dtype=images.dtype)
-        conditional = self.backbone.config.num_classes > 0
-        y = self.backbone.drop_labels(labels, generator) if conditional else None
-        return NoisedBatch(images, y, t, noise)
-
-    def sample_losses(self, batch: NoisedBatch, backbone: torch.nn.Module | None = None) -> SampleLosses:
-        """Losses per sample, shape (B,), of the trained backbone or of the one given."""
-        model = self.backbone if backbone is None else backbone
-        x_t = self.diffusion.q_sample(batch.x0, batch.t, batch.noise)
-        output = model(x_t, batch.t, batch.y)
-        losses = self.diffusion.losses(output, batch.x0, x_t, batch.t, batch.noise)
-        weight = loss_weight(self.loss_weight, self.diffusion.snr[batch.t], self.diffusion.config.target)
-        loss = weight.to(losses.mse.dtype) * losses.mse
-        if losses.vb is not None:
-            loss = loss + losses.vb
-        return SampleLosses(loss, losses.mse, losses.vb)
-
-    def step_losses(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[NoisedBatch, SampleLosses]:
-        """What a training step draws, dropout included, and its losses: the same whenever it is asked for."""
-        drawn = self.draw(batch, batch_idx)
-        return drawn, self._losses_with_dropout(drawn, batch_idx)
-
-    def _losses_with_dropout(self, drawn: NoisedBatch, batch_idx: int) -> SampleLosses:
-        with seeded_dropout(self.backbone, self.seed, DROPOUT_STREAM, self.global_rank, batch_idx):
-            return self.sample_losses(drawn)
-
-    def objective(self, losses: SampleLosses, t: Tensor) -> Tensor:
-        """The samples' losses (B,) whose mean training minimises: an estimate of the average over uniform t."""
-        return losses.loss * self.intervals.importance(t) if self.interval_config.is_weighted else losses.loss
+        extra: list[tuple[torch.nn.Module, float]] = [(self.balancer, self.balancing.learning_rate)]
+        if self.uncertainty is not None:
+            extra.append((self.uncertainty, self.loss_weight.edm2_learning_rate))
+        return build_optimizer(self.backbone, self.optimization, extra)
 
     def _situation(self, t: Tensor, batch_idx: int) -> Situation:
         task = self.intervals.task_of(t)
@@ -191,12 +117,22 @@ class DenoiserModule(pl.LightningModule):
         """One step's loss, and per sample what the probes want: t, the loss before importance weighting, its parts."""
         drawn = self._drawn = self.draw(batch, batch_idx)
         with self.balancer.watch(self.backbone, self._situation(drawn.t, batch_idx)) as balanced:
-            losses = self._losses_with_dropout(drawn, batch_idx)
-            weighted = self.objective(losses, drawn.t)
+            losses = self.losses_with_dropout(drawn, batch_idx)
+            importance = self._importance = self.importance(drawn.t)
+            weighted = losses.loss * importance
             loss = balanced(weighted)
         self._log_recent(weighted.detach().mean(), batch_idx)
+        learned = self.uncertainty_loss(losses, drawn.t)
+        if learned is not None:
+            loss = loss + (learned * importance).mean()
+        measured = self.measured_losses(losses, drawn.t).detach()
+        if self.sampler.observes_losses:
+            t, seen = drawn.t, losses.loss.detach()
+            if self._trainer is not None:
+                t, seen = self.all_gather((t, seen))  # (processes, B), or (B,) of the only one
+            self.sampler.observe_losses(t.flatten(), seen.flatten())
         vb = None if losses.vb is None else losses.vb.detach()
-        return {"loss": loss, "t": drawn.t, "sample_loss": losses.loss.detach(), "mse": losses.mse.detach(), "vb": vb}
+        return {"loss": loss, "t": drawn.t, "sample_loss": measured, "mse": losses.mse.detach(), "vb": vb}
 
     def _log_recent(self, loss: Tensor, batch_idx: int) -> None:
         """Logs the mean training loss, unbalanced, since the last logged step: a single small batch says little."""
@@ -227,7 +163,7 @@ class DenoiserModule(pl.LightningModule):
         def losses_now() -> Tensor:
             assert drawn is not None
             with torch.no_grad():
-                return self.objective(self._losses_with_dropout(drawn, batch_idx), drawn.t)
+                return self.losses_with_dropout(drawn, batch_idx).loss * self._importance
 
         self.balancer.after_step(self.trainer.global_step + 1, losses_now)
 

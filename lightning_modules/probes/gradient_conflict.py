@@ -103,7 +103,8 @@ class GradientConflictProbe(pl.Callback):
         if self._verifies:
             self._verifies = False
             with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-                losses = pl_module.step_losses(batch, batch_idx)[1].loss
+                drawn, own = pl_module.step_losses(batch, batch_idx)
+                losses = pl_module.measured_losses(own, drawn.t)
             self._expected = weighted_gradient(
                 losses,
                 trained_parameters(pl_module.backbone),
@@ -157,6 +158,8 @@ class GradientConflictProbe(pl.Callback):
                 counts = reduce(gramian.counts.double(), reduce_op="mean").round().long()
                 values = reduce(gramian.values, reduce_op="mean")
                 gramian = Gramian(gramian.layers, values, counts, gramian.coverage, gramian.uncovered)
+            if pl_module.interval_config.only is None:
+                pl_module.sampler.observe_gradients(gramian.total(), gramian.counts, self.halves)
             self._write(trainer, pl_module, gramian, losses)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: DenoiserModule, exception: BaseException) -> None:
@@ -183,9 +186,8 @@ class GradientConflictProbe(pl.Callback):
     def _scale(self, module: DenoiserModule, factor: float) -> Tensor:
         """Factors (G,): ``factor``, over the tasks' importance that training multiplies the losses by."""
         scale = torch.full((module.intervals.num_intervals,), factor, dtype=torch.float64)
-        if module.interval_config.is_weighted:
-            lowest = torch.tensor(module.intervals.bounds[:-1])
-            scale /= module.intervals.importance(lowest).double()
+        if module.weighs_samples:
+            scale /= module.sampler.interval_importance()
         return scale.repeat_interleave(self.halves).to(module.device)
 
     def _warn_if_incomplete(self, gramian: Gramian) -> None:

@@ -1,6 +1,7 @@
 """Tests for `lightning_modules/denoiser.py`."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from lightning_modules.diffusion import DiffusionConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.loss_weights import LossWeightConfig
 from lightning_modules.routing import unroute
+from lightning_modules.samplers import SamplerConfig
+from lightning_modules.samplers.config import SamplerName
 from tests.conftest import BACKBONE, DIFFUSION, UNET
 
 
@@ -86,16 +89,18 @@ def test_the_training_loss_is_the_mean_of_the_weighted_squared_error(make_denois
     torch.testing.assert_close(outputs["mse"], error.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", ["stratified", "uniform"])
+@pytest.mark.parametrize("sampling", get_args(SamplerName))
 def test_timesteps_can_be_known_before_a_batch_is_drawn(make_denoiser, batch, sampling):
-    module = make_denoiser("dtr", intervals=IntervalConfig(bounds=[0, 20, 100, 1000], sampling=sampling))
+    module = make_denoiser(
+        "dtr", intervals=IntervalConfig(bounds=[0, 20, 100, 1000]), sampler=SamplerConfig(name=sampling)
+    )
     for batch_idx in (0, 7):
         assert torch.equal(module.draw_timesteps(len(batch[0]), batch_idx), module.draw(batch, batch_idx).t)
     assert not torch.equal(module.draw_timesteps(16, 0), module.draw_timesteps(16, 7))
 
 
 def test_a_step_hands_out_each_samples_loss_before_importance_weighting(make_denoiser, batch):
-    intervals = IntervalConfig(bounds=[0, 20, 100, 1000], sampling="stratified")
+    intervals = IntervalConfig(bounds=[0, 20, 100, 1000])
     module = make_denoiser(intervals=intervals, loss_weight=LossWeightConfig(name="min_snr"))
     outputs = module.training_step(batch, 0)
     assert torch.equal(outputs["sample_loss"], module.sample_losses(module.draw(batch, 0)).loss)
@@ -110,7 +115,9 @@ def test_unequal_intervals_do_not_change_what_is_minimised(make_denoiser):
     losses = {}
     images = torch.zeros(512, 1, 8, 8)
     for sampling in ("stratified", "uniform"):
-        module = make_denoiser(intervals=IntervalConfig(bounds=[0, 20, 100, 1000], sampling=sampling))
+        module = make_denoiser(
+            intervals=IntervalConfig(bounds=[0, 20, 100, 1000]), sampler=SamplerConfig(name=sampling)
+        )
         with torch.no_grad():
             steps = [module.training_step((images, torch.zeros(512).long()), n)["loss"] for n in range(12)]
         losses[sampling] = torch.stack(steps)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning_modules.balancing.balancer import build_balancer
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig
-from lightning_modules.denoiser_base import BALANCING_STREAM
+from lightning_modules.objective import BALANCING_STREAM
 
 
 class WholeBatch(pl.Callback):
@@ -26,7 +26,7 @@ class WholeBatch(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with trainer.precision_plugin.forward_context():
             drawn, losses = pl_module.step_losses(batch, batch_idx)
-            weighted = pl_module.objective(losses, drawn.t)
+            weighted = losses.loss * pl_module.importance(drawn.t)
         task, K = pl_module.intervals.task_of(drawn.t), pl_module.intervals.num_intervals
         parameters = [p for p in pl_module.backbone.parameters() if p.requires_grad]
         losses = torch.stack([weighted[task == k].sum() * K / len(task) for k in range(K)])

@@ -7,8 +7,8 @@ from torchjd import aggregation
 
 from lightning_modules.balancing.config import GRADIENT_METHODS, LOSS_METHODS, BalancingConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig
-from lightning_modules.denoiser_base import BALANCING_STREAM
 from lightning_modules.errors import UserInputError
+from lightning_modules.objective import BALANCING_STREAM
 from lightning_modules.probes import task_weight
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe
 from lightning_modules.probes.task_weight import TaskWeightProbe
@@ -46,7 +46,7 @@ class Oracle(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with trainer.precision_plugin.forward_context():
             drawn, losses = pl_module.step_losses(batch, batch_idx)
-            weighted = pl_module.objective(losses, drawn.t)
+            weighted = losses.loss * pl_module.importance(drawn.t)
         task, K = pl_module.intervals.task_of(drawn.t), pl_module.intervals.num_intervals
         parameters = [p for p in pl_module.backbone.parameters() if p.requires_grad]
         rows = [

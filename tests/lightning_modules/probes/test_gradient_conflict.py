@@ -11,6 +11,7 @@ from lightning_modules.config import IntervalConfig, OptimizationConfig
 from lightning_modules.denoiser import NoisedBatch
 from lightning_modules.errors import UserInputError
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe, task_cosine
+from lightning_modules.samplers import SamplerConfig
 from lightning_modules.tracking.records import GRADIENT_GRAMIAN, TABLES
 from tests.lightning_modules.probes.checked_probe import CheckedProbe
 
@@ -54,7 +55,7 @@ UNEVEN = IntervalConfig(bounds=[0, 100, 300, 1000])
     [
         ("dtr", {}, {}),
         ("baseline", {"intervals": UNEVEN}, {}),
-        ("baseline", {"intervals": IntervalConfig(num_intervals=5, sampling="uniform")}, {}),
+        ("baseline", {"intervals": IntervalConfig(num_intervals=5), "sampler": SamplerConfig(name="uniform")}, {}),
         ("baseline", {}, {"accumulate_grad_batches": 3}),
         ("dtr", {}, {"gradient_clip_val": 1e-3}),
         ("dtr", {"optimization": OptimizationConfig(compile=True)}, {}),

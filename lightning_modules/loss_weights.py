@@ -136,9 +136,10 @@ def _change_aware(alphas_cumprod: np.ndarray, symmetry: float) -> Tensor:
     """SpeeD (Wang et al., CVPR 2025, arXiv 2405.17403): weights on the error of epsilon, float64, (T,).
 
     The derivative by t of the variance of the process increment ``x_{t+1} - x_t``, taken to be
-    ``2 - abar_t - abar_{t+1}``, about ``2 (1 - abar_t)`` (from memory: the paper could not be opened here); scaled to reach from ``1 - lambda`` (its least value) to
-    ``lambda`` (its greatest). As the authors' code does, this takes differences of abar itself, for any schedule.
-    Their code then sets the weights from tau on to 1, more than any other; this does not.
+    ``2 - abar_t - abar_{t+1}``, about ``2 (1 - abar_t)`` (from memory: the paper could not be opened here); scaled to
+    reach from ``1 - lambda`` (its least value) to ``lambda`` (its greatest). As the authors' code does, this takes
+    differences of abar itself, for any schedule. Their code then sets the weights from tau on to 1, more than any
+    other; this does not.
     """
     change = torch.as_tensor(np.gradient(1 - alphas_cumprod))
     spread = (change.max() - change.min()).clamp(min=torch.finfo(change.dtype).tiny)  # T = 2 has one change only

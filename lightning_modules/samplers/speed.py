@@ -19,10 +19,10 @@ class SpeedSampler(DistributionSampler):
     ``exp(beta_0 tau + D tau^2 / 2T) = r``, whose left side approximates 1 / abar. Solved for abar itself it holds for
     every schedule: tau counts the timesteps with ``abar_t > 1 / r``.
 
-    The closed form is quoted from memory (the paper could not be opened where this was written), and 144 for r is ours:
-    it gives the 700 of 1000 that the authors' code takes as given for tau. Their code also fills half of the batch with
-    mirror images ``|m - t|`` of the other half, m about 640, which halves the probability of all timesteps above m; that
-    is not done here.
+    The closed form is quoted from memory (the paper could not be opened where this was written), and 144 for r is
+    ours: it gives the 700 of 1000 that the authors' code takes as given for tau. Their code also fills half of the
+    batch with mirror images ``|m - t|`` of the other half, m about 640, which halves the probability of all timesteps
+    above m; that is not done here.
 
     Args:
         intervals: The tasks.

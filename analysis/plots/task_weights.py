@@ -1,0 +1,44 @@
+"""Weights that a multi-task method gives the tasks, over training."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+
+from analysis.plots.style import axes_or_new
+
+_MOST = 64.0
+"""Weights beyond are drawn at the edge."""
+
+
+def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Draws the weight of every task over steps, one line per task, from low noise (dark) to high (light).
+
+    Args:
+        weights: (weight_step, task) with coordinate ``interval``; 1 is plain training.
+        title: Of the panel.
+        ax: Where to draw. The axis is logarithmic where all weights are positive.
+    """
+    ax = axes_or_new(ax)
+    colours = sns.color_palette("viridis", weights.sizes["task"])
+    for task, colour in enumerate(colours):
+        values = np.clip(weights.isel(task=task).values, -_MOST, _MOST)
+        ax.plot(
+            weights["weight_step"], values, color=colour, linewidth=1.2, label=str(weights["interval"].values[task])
+        )
+    ax.axhline(1.0, color="#4d4d4d", linewidth=0.8, linestyle="--")
+    if _positive(weights.values):
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="step", ylabel="weight (1: plain training)", title=title)
+    ax.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
+    return ax
+
+
+def _positive(values: npt.NDArray[np.float64]) -> bool:
+    return bool((values > 1 / _MOST).all())

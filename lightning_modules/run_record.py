@@ -12,16 +12,25 @@ import pytorch_lightning as pl
 from lightning_modules.backbones.cost import flops_per_sample
 from lightning_modules.data.images import ImageData
 from lightning_modules.denoiser import DenoiserModule
+from lightning_modules.masks import MaskConfig
 from lightning_modules.probes.gradient_conflict import GradientConflictProbe
 from lightning_modules.tracking import records
 from lightning_modules.tracking.callback import writer_of
 
 if TYPE_CHECKING:
+    from lightning_modules.backbones.backbone import Backbone
     from lightning_modules.backbones.dit import DiTConfig
     from lightning_modules.backbones.unet_config import UNetConfig
 
 RESUME_KEY = "dtr_resume"
 """Where a checkpoint keeps `resume_settings`."""
+
+_ROUTING_NAMES = {
+    "dtr": "Denoising Task Routing (DTR)",
+    "random": "Random routing (R-TR)",
+    "cluster": "Cluster masks",
+    "learned": "Learned masks",
+}
 
 
 def resume_settings(trainer: pl.Trainer, data: ImageData) -> dict[str, Any]:
@@ -45,6 +54,9 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
 class RunRecord(pl.Callback):
     """At the start of training: the manifest, the channel masks, the parameters, and tags to find the run by.
 
+    Learned masks are written again at the end, in place of those that training began with. They are those of the
+    trained weights, which the probes measure, not of their average.
+
     Args:
         data: The data module that feeds the run.
     """
@@ -59,12 +71,8 @@ class RunRecord(pl.Callback):
             return
         manifest = run_manifest(pl_module, self.data, trainer)
         writer.log_file(records.MANIFEST_PATH, manifest.to_json())
-        routing = pl_module.backbone.routing
-        if routing is not None:
-            masks = {name: routing.block_masks(index) for index, name in enumerate(manifest.block_channels)}
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **masks)  # type: ignore[arg-type]
-            writer.log_file(records.MASKS_PATH, buffer.getvalue())
+        if pl_module.backbone.routing is not None:
+            writer.log_file(records.MASKS_PATH, mask_file(pl_module.backbone))
         writer.log_params(
             _flat({**dict(pl_module.hparams), "data": self.data.name, "batch_size": self.data.batch_size})
         )
@@ -77,6 +85,12 @@ class RunRecord(pl.Callback):
                 "mlflow.note.content": describe(manifest, trainer),
             }
         )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
+        """Replaces the masks if training has changed them."""
+        writer, routing = writer_of(trainer), pl_module.backbone.routing
+        if writer is not None and routing is not None and routing.is_learned:
+            writer.log_file(records.MASKS_PATH, mask_file(pl_module.backbone))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DenoiserModule, checkpoint: dict[str, Any]) -> None:
         """Notes what a resumed run must not change."""
@@ -107,20 +121,26 @@ def run_manifest(module: DenoiserModule, data: ImageData, trainer: pl.Trainer) -
     )
 
 
+def mask_file(backbone: Backbone) -> bytes:
+    """The masks of a routed backbone as they are now, as `records.MASKS_PATH` holds them."""
+    assert backbone.routing is not None
+    masks = {name: backbone.routing.block_masks(index) for index, name in enumerate(backbone.block_channels)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **masks)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
 def describe(manifest: records.RunManifest, trainer: pl.Trainer) -> str:
     """The run in words (Markdown), for the description on its page in the MLflow UI."""
-    names = {"baseline": "Plain denoiser", "dtr": "Denoising Task Routing (DTR)", "random": "Random routing (R-TR)"}
+    routing = None if manifest.routing is None else MaskConfig(**cast("dict[str, Any]", manifest.routing))
+    name = "Plain denoiser" if routing is None else _ROUTING_NAMES[routing.kind]
+    tag = f", compared as `{manifest.method}`" if "+" in manifest.method else ""
     lines = [
-        f"**{names[manifest.method]}**, {manifest.parameters:,} parameters, on {manifest.dataset}, "
-        f"seed {manifest.seed}.",
+        f"**{name}**{tag}, {manifest.parameters:,} parameters, on {manifest.dataset}, seed {manifest.seed}.",
         "",
     ]
-    if manifest.routing is not None:
-        beta, alpha = manifest.routing["beta"], manifest.routing["alpha"]
-        shape = (
-            f"a window that slides with alpha = {alpha}" if manifest.method == "dtr" else "a random subset per timestep"
-        )
-        lines += [f"Each timestep uses beta = {beta} of every block's channels: {shape}.", ""]
+    if routing is not None:
+        lines += [_routing_in_words(routing), ""]
     lines += [
         f"Target {manifest.target}, loss weight {manifest.loss_weight}, {trainer.max_steps:,} steps of "
         f"{manifest.batch_size} images, T = {manifest.num_timesteps} in {len(manifest.interval_bounds) - 1} "
@@ -130,6 +150,24 @@ def describe(manifest: records.RunManifest, trainer: pl.Trainer) -> str:
         "timestep interval. Images: `conflict_cosine` (gradient cosine between intervals), `samples`.",
     ]
     return "\n".join(lines)
+
+
+def _routing_in_words(config: MaskConfig) -> str:
+    """A sentence on which channels each timestep uses."""
+    clusters = (
+        f"each of {config.num_clusters} clusters of timesteps"
+        if config.cluster_bounds is None
+        else f"each cluster of timesteps (bounds {', '.join(map(str, config.cluster_bounds))})"
+    )
+    masks = {
+        "dtr": f"a window that slides with alpha = {config.alpha}",
+        "random": "a random subset per timestep",
+        "cluster": f"common ones, and others of its own for {clusters}",
+        "learned": f"a subset for {clusters}, learned by a straight-through estimator",
+    }[config.kind]
+    last = "" if config.beta_last is None else f" ({config.beta_last} in the last block, linear in between)"
+    own = ", in an order of channels of each block's own" if config.per_block else ""
+    return f"Each timestep uses beta = {config.beta} of every block's channels{last}: {masks}{own}."
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

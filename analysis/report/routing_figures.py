@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import xarray as xr
 
 from analysis import activations, affinity, grouping, routing_budget
@@ -14,6 +15,7 @@ from analysis.plots.channels import plot_channel_frequency
 from analysis.plots.matrices import plot_overlap
 from analysis.plots.style import method_colour
 from analysis.report.panels import ReportFigure, keep_outer_axes, panels
+from lightning_modules.tracking.records import RunManifest
 
 
 def routing_budget_figure(channels: Mapping[str, MethodChannels]) -> ReportFigure:
@@ -28,8 +30,9 @@ def routing_budget_figure(channels: Mapping[str, MethodChannels]) -> ReportFigur
             legend=False,
             ax=axes[0][column],
         )
-        frequencies = (routing_budget.channel_frequency(use.isel(run=0)) for use in (own.measured, own.allowed))
-        plot_channel_frequency(*frequencies, colour=method_colour(method), ax=axes[1][column])
+        plot_channel_frequency(*_frequencies(own), colour=method_colour(method), ax=axes[1][column])
+        if _settings(own).get("per_block"):
+            axes[1][column].set_xlabel("channels of each block, by its mask")
     for ax in axes[:, 1:].ravel():
         ax.set_ylabel("")
     figure.legend(
@@ -41,12 +44,35 @@ def routing_budget_figure(channels: Mapping[str, MethodChannels]) -> ReportFigur
         "Top: the channels that a timestep of each interval uses, by who else uses them (mean over blocks and seeds); "
         "the black line is how many the mask allows. Turnover: the share of channels that one timestep has and another "
         "one of the same interval has not. A plain model shares everything with all. DTR keeps most channels for all "
-        "timesteps and moves a few: look how many an interval has for itself, and at which noise. Random routing gives "
-        "no interval anything of its own, yet changes the channels with every timestep. Bottom: at how many timesteps "
-        "each channel is used (colour, a line for each block of the first seed) and allowed (grey)."
+        "timesteps and moves a few: look how many an interval has for itself, and at which noise. Random routing "
+        "gives no interval anything of its own, yet changes the channels with every timestep. Cluster masks give a "
+        "cluster of timesteps channels of its own: an interval has them alone if it is that cluster. Learned masks "
+        "are those at the end of training. Bottom: at how many timesteps each channel is used (colour, a line for "
+        "each block of the first seed) and allowed (grey); where every block has an order of its own, from the "
+        "channel allowed most often to the one allowed least."
         f"{_adherence(channels)}",
         figure,
     )
+
+
+def _frequencies(own: MethodChannels) -> tuple[xr.DataArray, xr.DataArray]:
+    """How often the first run uses each channel, and may use it: (block, channel) both.
+
+    Where blocks have orders of their own, each block's channels are put in that of how often they are allowed.
+    """
+    used, allowed = (
+        routing_budget.channel_frequency(use.isel(run=0)).transpose("block", "channel")
+        for use in (own.measured, own.allowed)
+    )
+    if _settings(own).get("per_block"):
+        order = np.argsort(-allowed.values, axis=1, kind="stable")  # absent channels, NaN, come last
+        used, allowed = (each.copy(data=np.take_along_axis(each.values, order, 1)) for each in (used, allowed))
+    return used, allowed
+
+
+def _settings(own: MethodChannels) -> Mapping[str, object]:
+    """The routing's settings, of the first run; empty for a plain model."""
+    return RunManifest.from_json(own.runs[0].attrs["manifest"]).routing or {}
 
 
 def _adherence(channels: Mapping[str, MethodChannels]) -> str:
@@ -59,7 +85,9 @@ def _adherence(channels: Mapping[str, MethodChannels]) -> str:
             said += (
                 f" {method_name(method)}: intervals use {used:.1%} of the channels that they may use at any timestep; "
             )
-            said += f"{outside:.2%} of their energy lies on other channels." if outside else "no others carry energy."
+            said += f"{outside:.2%} of their energy lies on other channels" if outside else "no others carry energy"
+            moved = outside > 0 and _settings(own).get("kind") == "learned"
+            said += ", which the masks have left while the energy was measured." if moved else "."
     return said
 
 

@@ -10,10 +10,10 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import activations, routing_budget
+from analysis import activations, affinity, routing_budget
 from analysis.gramians import task_coordinates
 from lightning_modules.errors import UserInputError
-from lightning_modules.routing import MaskConfig, active_channels, channel_masks, dtr_windows
+from lightning_modules.masks import MaskConfig, active_channels, channel_masks, cluster_shares, dtr_windows
 from tests.analysis import synthetic
 
 
@@ -89,6 +89,39 @@ def test_random_masks_share_everything_and_keep_nothing():
     assert budget["per_timestep"].sel(group="own").max() == 0
     # Two different timesteps differ in beta (1 - beta) of the channels, and one in n is drawn twice.
     np.testing.assert_allclose(budget["turnover"], channels * beta * (1 - beta) * (1 - 1 / n), rtol=0.1)
+
+
+def test_clusters_share_the_common_channels_and_keep_their_own():
+    config = MaskConfig(kind="cluster", clusters=4, beta=0.6)
+    common, own = cluster_shares(100, beta=0.6, clusters=4)
+    masks = {"blocks.0": channel_masks(config, 1000, 100)}
+    budget = budget_of(masks, (0, 250, 500, 750, 1000))
+    np.testing.assert_array_equal(budget["per_timestep"][0], [[common, 0, 0, own]] * 4)
+    np.testing.assert_array_equal(budget["turnover"], 0)
+    # Of tasks that are halves of clusters none has a channel alone; two have each cluster's.
+    halves = budget_of(masks, BOUNDS)
+    np.testing.assert_array_equal(halves["per_timestep"][0], [[common, 0, own, 0]] * 8)
+    # A task that lies over the border of two clusters uses either's channels half of the time.
+    astride = budget_of(masks, (0, 125, 375, 1000))
+    np.testing.assert_array_equal(astride["per_timestep"][0, 1], [common, 0, own, 0])
+    assert float(astride["churn"][0, 1]) == 2 * own
+
+
+@pytest.mark.parametrize("kind", ["dtr", "cluster"])
+def test_orders_of_their_own_leave_every_blocks_budget_and_overlap_as_they_are(kind):
+    def masks(**settings):
+        config = MaskConfig(kind=kind, beta=0.5, **settings)
+        return {f"blocks.{block}": channel_masks(config, 1000, 120, block, 3) for block in range(3)}
+
+    shared, shuffled = routed(masks(), BOUNDS), routed(masks(per_block=True), BOUNDS)
+    assert (shuffled["mask"][0] != shuffled["mask"][1]).any()
+    budgets = [routing_budget.routing_budget(routing_budget.mask_use(run)) for run in (shared, shuffled)]
+    xr.testing.assert_allclose(*budgets)
+    np.testing.assert_allclose(affinity.mask_overlap(shuffled), affinity.mask_overlap(shared))
+    falling = routed(masks(per_block=True, beta_last=0.25), BOUNDS)
+    widths = routing_budget.routing_budget(routing_budget.mask_use(falling))["per_timestep"].sum("group").max("task")
+    np.testing.assert_allclose(widths, [60, 45, 30], atol=4 if kind == "cluster" else 1)
+    assert widths[0] > widths[1] > widths[2]
 
 
 @pytest.mark.parametrize("kind", ["dtr", "random", "arbitrary"])

@@ -1,28 +1,24 @@
 """Tests for `lightning_modules/routing.py`."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightning_modules.backbones.dit import DiT, DiTConfig
-from lightning_modules.errors import UserInputError
-from lightning_modules.routing import (
-    ChannelRouting,
-    MaskConfig,
-    channel_masks,
-    dtr_windows,
-    masked_block,
-    route,
-    unroute,
-)
+from lightning_modules.routing import ChannelRouting, MaskConfig, channel_masks, masked_block, route, unroute
 
 CONFIG = DiTConfig(
     input_size=8, patch_size=2, in_channels=1, hidden_size=40, depth=3, num_heads=4, num_classes=3, learn_sigma=False
 )
+
+VARIANTS = [
+    (kind, settings)
+    for kind in ("dtr", "random", "cluster", "learned")
+    for settings in ({}, {"per_block": True}, {"beta_last": 0.8}, {"per_block": True, "beta_last": 0.25})
+]
 
 
 def awake(seed: int = 0) -> DiT:
@@ -38,60 +34,6 @@ def inputs(batch: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(batch, 1, 8, 8, generator=generator, dtype=torch.float64)
     return x, torch.linspace(0, 999, batch).long(), torch.arange(batch) % 3
-
-
-def paper_mask(T: int, C: int, alpha: float, beta: float) -> np.ndarray:
-    """The definition of the paper, term by term."""
-    C_b = int(beta * C)
-    mask = np.zeros((T, C), dtype=bool)
-    for t in range(1, T + 1):
-        for c in range(1, C + 1):
-            low = round((C - C_b) * ((t - 1) / T) ** alpha)
-            high = round((C - C_b) * (t / T) ** alpha) + C_b
-            mask[t - 1, c - 1] = low < c <= high
-    return mask
-
-
-@given(
-    st.integers(1, 60), st.integers(2, 40), st.sampled_from([0.25, 0.5, 1, 4, 8]), st.sampled_from([0.3, 0.5, 0.8, 1])
-)
-def test_the_paper_variant_is_the_papers_formula(T, C, alpha, beta):
-    if int(beta * C) == 0:
-        return
-    config = MaskConfig(alpha=alpha, beta=beta, variant="paper")
-    assert (channel_masks(config, T, C) == paper_mask(T, C, alpha, beta)).all()
-
-
-def test_distinct_windows_are_as_many_as_the_fact_sheet_counts():
-    """Numbers of distinct mask rows at T = 1000, alpha 4, beta 0.8, found independently of this code."""
-    for C, official, paper in [(384, 78, 155), (768, 155, 301), (1024, 206, 365), (1152, 232, 389)]:
-        for variant, expected in (("official", official), ("paper", paper)):
-            assert len(np.unique(channel_masks(MaskConfig(variant=variant), 1000, C), axis=0)) == expected
-
-
-def test_the_variants_differ_in_one_channel_per_unit_of_shift():
-    paper, official = (channel_masks(MaskConfig(variant=v), 1000, 384) for v in ("paper", "official"))
-    assert (paper ^ official).sum() == 384 - 307
-    assert (paper ^ official).sum(1).max() == 1
-
-
-def test_official_windows_have_a_fixed_width_and_end_at_the_last_channel():
-    windows = dtr_windows(50, 48, alpha=0.5, beta=0.6, variant="official")
-    assert set(windows[:, 1]) == {28}
-    assert windows[0, 0] == 0
-    assert windows[-1].sum() == 48
-
-
-def test_random_masks_are_seeded_and_have_beta_c_channels_each():
-    config = MaskConfig(kind="random", beta=0.8, seed=3)
-    masks = channel_masks(config, 100, 50)
-    assert (masks.sum(1) == 40).all()
-    assert (masks == channel_masks(config, 100, 50, block=5)).all(), "shared by all blocks"
-    assert (masks != channel_masks(MaskConfig(kind="random", seed=4), 100, 50)).any()
-    per_block = MaskConfig(kind="random", seed=3, per_block=True)
-    assert (channel_masks(per_block, 100, 50, 0) != channel_masks(per_block, 100, 50, 1)).any()
-    # Two random masks share 0.8 * 40 channels on average; DTR's neighbours share nearly all.
-    assert (masks[:-1] & masks[1:]).sum(1).mean() == pytest.approx(32, abs=0.5)
 
 
 def test_a_masked_block_is_block_of_mz_plus_the_rest():
@@ -122,7 +64,7 @@ def test_a_routed_model_applies_each_samples_own_mask_in_every_block():
         assert ((z != 0).any(1) == mask).all()
 
 
-@pytest.mark.parametrize("kind", ["dtr", "random"])
+@pytest.mark.parametrize("kind", ["dtr", "random", "cluster", "learned"])
 def test_beta_one_equals_the_plain_model_bit_for_bit_with_its_gradients(kind):
     plain, routed = awake(), awake()
     route(routed, MaskConfig(kind=kind, beta=1.0))
@@ -131,30 +73,107 @@ def test_beta_one_equals_the_plain_model_bit_for_bit_with_its_gradients(kind):
     assert torch.equal(*outputs)
     for output in outputs:
         output.square().sum().backward()
-    for (name, p), q in zip(plain.named_parameters(), routed.parameters(), strict=True):
+    gradients = {name: q.grad for name, q in routed.named_parameters()}
+    for name, p in plain.named_parameters():
         if p.grad is not None:
-            assert torch.equal(p.grad, q.grad), name
+            assert torch.equal(p.grad, gradients[name]), name
 
 
-def test_unrouting_restores_the_plain_model():
+@pytest.mark.parametrize("kind", ["dtr", "cluster", "learned"])
+def test_unrouting_restores_the_plain_model(kind):
     model = awake()
     x, t, y = inputs()
-    before = model(x, t, y)
-    route(model, MaskConfig())
+    keys, before = list(model.state_dict()), model(x, t, y)
+    route(model, MaskConfig(kind=kind))
     assert not torch.equal(model(x, t, y), before)
     with pytest.raises(ValueError, match="unroute"):
         route(model, MaskConfig())
     unroute(model)
     assert torch.equal(model(x, t, y), before)
+    assert list(model.state_dict()) == keys
 
 
-def test_routing_adds_neither_parameters_nor_checkpoint_keys_and_survives_a_copy():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_fixed_masks_add_neither_parameters_nor_checkpoint_keys_and_all_survive_a_copy(kind, settings, copied):
     plain, routed = awake(), awake()
-    route(routed, MaskConfig(kind="random", per_block=True))
-    assert list(plain.state_dict()) == list(routed.state_dict())
-    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in routed.parameters())
+    route(routed, MaskConfig(kind=kind, beta=0.5, **settings))
+    added = set(routed.state_dict()) - set(plain.state_dict())
+    size = sum(p.numel() for p in routed.parameters()) - sum(p.numel() for p in plain.parameters())
+    if kind == "learned":
+        tables = [f"block{block}" for block in range(3)] if settings.get("per_block") else ["c40"]
+        assert added == {f"routing.learned.{table}.logits" for table in tables}
+        assert size == 8 * 40 * len(tables)
+    else:
+        assert not added
+        assert size == 0
     x, t, y = inputs()
-    assert torch.equal(copy.deepcopy(routed)(x, t, y), routed(x, t, y))
+    assert torch.equal(copied(routed)(x, t, y), routed(x, t, y))
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_a_routed_forward_pass_reads_each_blocks_own_masks(kind, settings):
+    """Written out from `block_masks`, with the shares that beta and beta_last ask for."""
+    model = awake()
+    routing = route(model, MaskConfig(kind=kind, beta=0.5, **settings), 1000)
+    masks = [routing.block_masks(block) for block in range(3)]
+    betas = np.linspace(0.5, settings.get("beta_last", 0.5), 3)
+    for mask, beta in zip(masks, betas, strict=True):
+        assert mask.shape == (1000, 40)
+        assert abs(mask.sum(1) - 40 * beta).max() <= (4 if kind == "cluster" else 1)
+    differ = (masks[0] != masks[1]).any()
+    assert differ == bool(settings)
+    x, t, y = inputs()
+    seen = []
+    handles = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in model.blocks]
+    model(x, t, y)
+    for handle in handles:
+        handle.remove()
+    for z, mask in zip(seen, masks, strict=True):
+        assert ((z != 0).any(1).numpy() == mask[t]).all()
+
+
+def test_blocks_share_their_learned_masks_unless_told_otherwise():
+    shared = ChannelRouting(MaskConfig(kind="learned"), 100, [20, 30, 20])
+    assert list(shared.learned) == ["c20", "c30"]
+    first, _, last = shared(torch.tensor([5, 50]))
+    assert first is last
+    own = ChannelRouting(MaskConfig(kind="learned", per_block=True), 100, [20, 20])
+    assert (own.block_masks(0) != own.block_masks(1)).any()
+    falling = ChannelRouting(MaskConfig(kind="learned", beta=0.9, beta_last=0.3), 100, [20, 20, 20])
+    assert len(falling.learned) == 1
+    wide, middle, narrow = (falling.block_masks(block) for block in range(3))
+    assert [int(mask[0].sum()) for mask in (wide, middle, narrow)] == [18, 12, 6]
+    assert (wide | middle | narrow == wide).all(), "one ranking, cut at each block's share"
+    assert (middle | narrow == middle).all()
+
+
+def test_masks_follow_the_logits_as_they_are_now():
+    model = awake()
+    routing = route(model, MaskConfig(kind="learned", beta=0.5, clusters=2))
+    assert routing.is_learned
+    with torch.no_grad():
+        routing.learned["c40"].logits.copy_(torch.arange(40).float() * torch.tensor([[1.0], [-1.0]]))
+    masks = routing.block_masks(0)
+    assert masks[:500, 20:].all()
+    assert masks[500:, :20].all()
+    assert masks.sum() == 1000 * 20
+    assert not route(awake(), MaskConfig(kind="cluster")).is_learned
+
+
+def test_learned_masks_take_part_in_mixed_precision():
+    model = awake().float()
+    route(model, MaskConfig(kind="learned", beta=0.5))
+    x, t, y = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x.float(), t, y).float().square().mean().backward()
+    gradient = model.routing.learned["c40"].logits.grad
+    assert gradient.dtype == torch.float32
+    assert (gradient[[0, 1, 3, 4, 6, 7]] != 0).any(1).all(), "clusters of the batch's timesteps"
+    assert (gradient[[2, 5]] == 0).all(), "no timestep of theirs in it"
+    half = awake().bfloat16()
+    route(half, MaskConfig(kind="learned", beta=0.5))
+    assert half.bfloat16()(x.bfloat16(), t, y).dtype == torch.bfloat16
 
 
 def test_two_models_with_different_routings_do_not_disturb_each_other():
@@ -182,25 +201,3 @@ def test_a_blocks_masks_do_not_depend_on_other_tasks_of_the_batch():
     for block, masks in enumerate(routing(t)):
         assert (masks.numpy() == routing.block_masks(block)[t]).all()
     assert (routing.block_masks(0) != routing.block_masks(1)).any()
-
-
-@pytest.mark.parametrize(
-    ("settings", "culprit"),
-    [
-        ({"beta": 0.0}, "beta"),
-        ({"beta": 1.5}, "beta"),
-        ({"beta": float("nan")}, "beta"),
-        ({"alpha": 0}, "alpha"),
-        ({"kind": "dtr2"}, "kind"),
-        ({"variant": "code"}, "variant"),
-        ({"per_block": True}, "per_block"),
-    ],
-)
-def test_bad_settings_are_refused_by_name(settings, culprit):
-    with pytest.raises(UserInputError, match=culprit):
-        MaskConfig(**settings)
-
-
-def test_a_beta_that_leaves_no_channel_is_refused():
-    with pytest.raises(UserInputError, match="leaves none of 3 channels"):
-        channel_masks(MaskConfig(beta=0.2), 10, 3)

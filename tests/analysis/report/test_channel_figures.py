@@ -153,6 +153,37 @@ def test_a_leak_through_the_mask_is_said(runs):
     assert f"{outside:.2%} of their energy lies on other channels" in caption
 
 
+def configured(run, **routing):
+    fields = json.loads(run.attrs["manifest"])
+    return run.assign_attrs(manifest=json.dumps(fields | {"routing": fields["routing"] | routing}))
+
+
+def test_a_leak_through_learned_masks_is_put_down_to_their_moving(runs):
+    run = configured(of(runs, "dtr")[0], kind="learned")
+    leaking = run.assign(activation_mean_square=run["activation_mean_square"] + 0.1)
+    for each, says in ((run, "no others carry energy."), (leaking, "left while the energy was measured.")):
+        assert routing_budget_figure(method_channels([each])).caption.endswith(says)
+
+
+def test_channels_of_blocks_with_orders_of_their_own_are_put_in_order(runs):
+    plain = of(runs, "dtr")[0]
+    rng = np.random.default_rng(0)
+    shuffled = configured(plain.copy(deep=True), per_block=True)
+    for block in range(2):
+        order = rng.permutation(32)
+        shuffled["mask"][block] = plain["mask"].values[block][:, order]
+        shuffled["activation_mean_square"][:, block] = plain["activation_mean_square"].values[:, block][..., order]
+    axes = routing_budget_figure(method_channels([shuffled])).figure.axes
+    frequency = routing_budget.channel_frequency(routing_budget.mask_use(plain)).values
+    assert "of each block" in axes[1].get_xlabel()
+    grey = axes[1].lines[0].get_ydata()
+    np.testing.assert_allclose(grey, np.sort(frequency[0])[::-1], err_msg="both blocks have the same in another order")
+    np.testing.assert_allclose(axes[1].lines[-1].get_ydata(), np.sort(frequency[1])[::-1])
+    assert len(axes[1].lines) == 1 + 2
+    narrow = routing_budget_figure(method_channels([narrowed(shuffled, 20)])).figure.axes[1]
+    assert np.isnan(narrow.lines[-1].get_ydata()).tolist() == [False] * 20 + [True] * 12
+
+
 def test_overlaps_are_on_one_scale_beside_the_mask(runs):
     axes = panels_of(channel_overlap_figure(method_channels(runs)))
     matrices = [ax.images[0].get_array().filled(np.nan) for ax in axes]

@@ -53,11 +53,10 @@ def diffusers_twin(model: UNet) -> torch.nn.Module:
     return twin
 
 
-def mask_by_hooks(twin: torch.nn.Module, config: MaskConfig, t: Tensor, blocks: list[str]) -> None:
+def mask_by_hooks(twin: torch.nn.Module, masks: list[Tensor], blocks: list[str]) -> None:
     """Routes diffusers' own network: its residual blocks' first layer is the first to see what the skip does not."""
-    for index, name in enumerate(blocks):
+    for mask, name in zip(masks, blocks, strict=True):
         norm = twin.get_submodule(name).norm1
-        mask = torch.from_numpy(channel_masks(config, 1000, norm.num_channels, index))[t]
         norm.register_forward_pre_hook(lambda _, args, m=mask: (args[0] * m[:, :, None, None],))
 
 
@@ -86,6 +85,8 @@ def test_the_plain_model_is_diffusers_bit_for_bit_with_its_gradients(attention, 
         MaskConfig(alpha=1, beta=0.5),
         MaskConfig(variant="official"),
         MaskConfig(kind="random", beta=0.5, per_block=True),
+        MaskConfig(beta=0.5, per_block=True),
+        MaskConfig(kind="cluster", clusters=3, beta=0.5, beta_last=0.8),
     ],
 )
 def test_routing_masks_what_each_branch_reads_and_nothing_else(routing):
@@ -94,13 +95,35 @@ def test_routing_masks_what_each_branch_reads_and_nothing_else(routing):
     x, t, y = inputs(model.config)
     plain = model(x, t, y)
     route(model, routing)
-    mask_by_hooks(twin, routing, t, list(model.block_channels))
+    blocks = model.block_channels
+    masks = [channel_masks(routing, 1000, channels, index, 15) for index, channels in enumerate(blocks.values())]
+    mask_by_hooks(twin, [torch.from_numpy(mask)[t] for mask in masks], list(blocks))
     outputs = model(x, t, y), twin(x, t, y).sample
     assert not torch.allclose(outputs[0], plain)
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-13)
     expected = gradients(twin, outputs[1])
     for name, gradient in gradients(model, outputs[0]).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_learned_masks_are_trained_by_what_all_their_blocks_read():
+    """Against diffusers' network, where each block's mask (B, C) is a leaf: the chain rule by hand."""
+    model = shaken(small_config())
+    twin = diffusers_twin(model)
+    x, t, y = inputs(model.config)
+    routing = route(model, MaskConfig(kind="learned", clusters=2, beta=0.5))
+    masks = [torch.from_numpy(routing.block_masks(index))[t].double().requires_grad_() for index in range(15)]
+    mask_by_hooks(twin, masks, list(model.block_channels))
+    outputs = model(x, t, y), twin(x, t, y).sample
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-13)
+    for output in outputs:
+        output.square().sum().backward()
+    for name, table in routing.learned.items():
+        used = [mask.grad for mask in masks if f"c{mask.shape[1]}" == name]
+        of_samples = torch.stack(used).sum(0)
+        of_clusters = torch.stack([of_samples[0], of_samples[1] + of_samples[2]])
+        soft = table.logits.detach().double().sigmoid()
+        torch.testing.assert_close(table.logits.grad.double(), of_clusters * soft * (1 - soft), rtol=1e-5, atol=1e-5)
 
 
 def test_masked_channels_reach_the_output_by_the_skip_alone():

@@ -54,8 +54,8 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
 class RunRecord(pl.Callback):
     """At the start of training: the manifest, the channel masks, the parameters, and tags to find the run by.
 
-    Learned masks are written again at the end, in place of those that training began with. They are those of the
-    trained weights, which the probes measure, not of their average.
+    Learned masks are written again with each checkpoint and at the end, in place of the ones before. They are those of
+    the trained weights, which the probes measure, not of their average.
 
     Args:
         data: The data module that feeds the run.
@@ -88,12 +88,16 @@ class RunRecord(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
         """Replaces the masks if training has changed them."""
+        self._write_learned_masks(trainer, pl_module)
+
+    def _write_learned_masks(self, trainer: pl.Trainer, pl_module: DenoiserModule) -> None:
         writer, routing = writer_of(trainer), pl_module.backbone.routing
         if writer is not None and routing is not None and routing.is_learned:
             writer.log_file(records.MASKS_PATH, mask_file(pl_module.backbone))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DenoiserModule, checkpoint: dict[str, Any]) -> None:
-        """Notes what a resumed run must not change."""
+        """Notes what a resumed run must not change; the run's masks become those of the checkpoint."""
+        self._write_learned_masks(trainer, pl_module)
         checkpoint[RESUME_KEY] = resume_settings(trainer, self.data)
 
 
@@ -132,7 +136,7 @@ def mask_file(backbone: Backbone) -> bytes:
 
 def describe(manifest: records.RunManifest, trainer: pl.Trainer) -> str:
     """The run in words (Markdown), for the description on its page in the MLflow UI."""
-    routing = None if manifest.routing is None else MaskConfig(**cast("dict[str, Any]", manifest.routing))
+    routing = None if manifest.routing is None else MaskConfig(**manifest.routing)
     name = "Plain denoiser" if routing is None else _ROUTING_NAMES[routing.kind]
     tag = f", compared as `{manifest.method}`" if "+" in manifest.method else ""
     lines = [

@@ -42,6 +42,8 @@ COMMANDS: dict[str, Command] = {
     "probe": Command("experiments.probe", "measure gradient conflict of a checkpoint, as precisely as one likes"),
     "affinity": Command("experiments.affinity", "measure at checkpoints what training on one interval does to others"),
     "specialists": Command("experiments.specialists", "train one model per interval, to measure negative transfer"),
+    "sweep": Command("experiments.sweep", "train a grid of settings, or search for the best ones, from one file"),
+    "intervals": Command("experiments.intervals", "find the timestep intervals that measured gradients suggest"),
     "sample": Command("experiments.sample", "draw images from a checkpoint"),
     "sync": Command("experiments.sync", "hand to MLflow what a run left on the local disk"),
     "ui": Command("experiments.ui", "open MLflow's user interface on the runs"),

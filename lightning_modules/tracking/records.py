@@ -18,7 +18,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -35,6 +36,7 @@ TIMESTEP_LOSS = "timestep_loss"
 GRADIENT_GRAMIAN = "gradient_gramian"
 CHANNEL_ACTIVATION = "channel_activation"
 TRAINING_TIME = "training_time"
+TASK_WEIGHT = "task_weight"
 TASK_TRANSFER = "task_transfer"
 REPRESENTATION = "representation"
 
@@ -89,6 +91,14 @@ TABLES: dict[str, pa.Schema] = {
             ("seconds", pa.float64()),  # since step 0, over all attempts that led to this step
         ]
     ),
+    # Weights that a multi-task method gave the tasks' losses, averaged over the steps (window_start, step].
+    TASK_WEIGHT: pa.schema(
+        [
+            ("step", pa.int64()),
+            ("window_start", pa.int64()),
+            ("weight", pa.list_(pa.float64())),  # (K,), 1 for each in plain training
+        ]
+    ),
     # What training a checkpoint on one task does to the losses of all: a row per source, repeat and number of updates.
     TASK_TRANSFER: pa.schema(
         [
@@ -137,6 +147,10 @@ TAG_SEED = "dtr.seed"
 TAG_DATASET = "dtr.dataset"
 TAG_PARAMETERS = "dtr.parameters"
 TAG_GIT_COMMIT = "dtr.git_commit"
+TAG_CELL = "dtr.cell"
+"""Which cell of a sweep a run belongs to, as `cell_tag` writes it: ``"routing=dtr,optimisation=min_snr"``."""
+TAG_SETTINGS = "dtr.settings"
+"""Digest of all settings of a run of a sweep, seed included: equal exactly where the trainings are."""
 TAG_KIND = "dtr.kind"
 KIND_TRAINING = "training"
 """A trained model."""
@@ -153,17 +167,17 @@ class RunManifest:
     """What a reader must know to interpret a run's tables, without importing the training code.
 
     Attributes:
-        method: ``"baseline"``, ``"dtr"`` or ``"random"``.
+        method: Routing and optimisation, such as ``"baseline"`` or ``"dtr+min_snr+upgrad"``; see `method_tag`.
         seed: Seed of initialisation, data order, t and noise.
         num_timesteps: T.
         interval_bounds: K + 1 increasing integers; task k holds the timesteps ``bounds[k] <= t < bounds[k + 1]``.
         interval_spacing: How the bounds came about: ``"uniform"``, ``"log_snr"`` or ``"explicit"``.
         log_snr: Natural logarithm of the signal-to-noise ratio at each timestep, length T.
         target: ``"epsilon"``, ``"x0"`` or ``"v"``.
-        loss_weight: ``"uniform"``, ``"min_snr"`` or ``"p2"``.
+        loss_weight: Name of the weighting of timesteps, such as ``"uniform"`` or ``"min_snr"``.
         batch_size: Samples per optimizer step, over all processes.
         block_channels: Channels of each residual block by name, in network order.
-        routing: The mask parameters (``alpha``, ``beta``, ``variant``, ``seed``, ``per_block``), or None if plain.
+        routing: The fields of `masks.MaskConfig` (older runs lack ``kind`` and what came later), or None if plain.
         parameters: Number of trainable parameters.
         dataset: Name of the data set.
         learning_rate: Peak learning rate, or None if unknown (runs of earlier versions, published files).
@@ -182,7 +196,7 @@ class RunManifest:
     loss_weight: str
     batch_size: int
     block_channels: dict[str, int]
-    routing: dict[str, float | int | str | bool] | None
+    routing: dict[str, Any] | None
     parameters: int
     dataset: str
     schema_version: int = SCHEMA_VERSION
@@ -209,6 +223,16 @@ class RunManifest:
                 "read the run with the version that wrote it"
             )
         return cls(**fields)
+
+
+def cell_tag(choices: Mapping[str, str]) -> str:
+    """The value of `TAG_CELL` for the choice made on each axis. Names hold neither ``,`` nor ``=``."""
+    return ",".join(f"{axis}={choice}" for axis, choice in choices.items())
+
+
+def cell_choices(tag: str) -> dict[str, str]:
+    """Axis -> choice: inverse of `cell_tag`."""
+    return dict(part.split("=", 1) for part in tag.split(",") if part)
 
 
 def interval_label(low: int, high: int, num_timesteps: int) -> str:

@@ -1,0 +1,1 @@
+"""What `dtr-lab sweep` is made of."""

@@ -32,6 +32,8 @@ from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 
 LATEST = "latest"
+FIDELITY = "fidelity/"
+"""Prefix of the MLflow metrics of a run's samples (`experiments.sample_fidelity` logs them)."""
 _SHOWN = 12
 _LOADERS = 3
 """Runs that are read side by side; each reads its own shards by threads, too."""
@@ -69,8 +71,9 @@ def load_runs(
 
     Returns:
         One dataset per run, ordered by method, seed and start: the variables of `telemetry.read_telemetry`, and the
-        attributes run_id, name, method, seed, dataset, experiment, comparison, status, start_time (milliseconds since
-        the epoch) and manifest (JSON).
+        attributes run_id, name, method, seed, dataset, experiment, comparison, cell (of a sweep: see
+        `records.cell_choices`; else empty), status, start_time (milliseconds since the epoch), fidelity (a dict of the
+        MLflow metrics ``fidelity/<name>`` of its samples; infinite if sampling diverged) and manifest (JSON).
 
     Raises:
         UserInputError: If the store, experiment, comparison or a run does not exist, or no run has telemetry to read.
@@ -215,10 +218,17 @@ def _load(client: MlflowClient, run: Run, experiment: str) -> xr.Dataset | None:
         dataset=manifest.dataset,
         experiment=experiment,
         comparison=run.data.tags.get(records.TAG_COMPARISON, ""),
+        cell=run.data.tags.get(records.TAG_CELL, ""),
+        fidelity=_fidelity(run),
         status=run.info.status,
         start_time=run.info.start_time,
     )
     return dataset
+
+
+def _fidelity(run: Run) -> dict[str, float]:
+    found = {key: value for key, value in run.data.metrics.items() if key.startswith(FIDELITY)}
+    return {key.removeprefix(FIDELITY): value if abs(value) < _INFINITY else np.inf for key, value in found.items()}
 
 
 def _in_place(run: Run) -> bool:

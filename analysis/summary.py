@@ -20,6 +20,8 @@ from analysis.uncertainty import FEW_SEEDS, seed_warning
 from lightning_modules.tracking.records import RunManifest
 
 NOT_REACHED = "not reached"
+_MOST_COLUMNS = 6
+"""Methods that a table has room for side by side."""
 _FREE_FIELDS = {"method", "seed", "routing"}
 """Manifest entries in which runs of one comparison may differ: what is compared."""
 
@@ -83,8 +85,15 @@ def _arrival_text(reached: pd.DataFrame) -> str:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """The table of `summary_frame` as text for people: a column per method, a row per quantity, headings first."""
+    """The table of `summary_frame` as text for people: a column per method, a row per quantity, headings first.
+
+    The other way round with more methods than can stand side by side.
+    """
     base = method_name(str(summary.index[0]))
+    if len(summary) > _MOST_COLUMNS:
+        rows = {method_name(str(method)): _readable_column(row, base) for method, row in summary.iterrows()}
+        table = pd.DataFrame.from_dict(rows, orient="index").rename(columns=str.strip)
+        return table.rename_axis("").reset_index()
     columns = {"": list(_readable_column(summary.iloc[0], base))}
     for method, row in summary.iterrows():
         columns[method_name(str(method))] = list(_readable_column(row, base).values())
@@ -160,7 +169,7 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
     unfinished = [f"{run.attrs['name']} ({run.attrs['status']})" for run in runs if run.attrs["status"] != "FINISHED"]
     if unfinished:
         found.append(f"Not finished: {', '.join(unfinished)}. Their last values are not final.")
-    manifests = [vars(RunManifest.from_json(run.attrs["manifest"])) for run in runs]
+    manifests = [_settings(run) for run in runs]
     methods = ordered(manifest["method"] for manifest in manifests)
     differing = _differing(manifests)
     if differing and len(methods) > 1:
@@ -188,6 +197,13 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
     if len(set(steps.values())) > 1:
         found.append(f"Runs end at different steps ({min(steps.values()):,} to {max(steps.values()):,}).")
     return found
+
+
+def _settings(run: xr.Dataset) -> dict:
+    """The manifest, but for a loss weight that the method's tag names: that is what is compared."""
+    manifest = vars(RunManifest.from_json(run.attrs["manifest"]))
+    named = manifest["loss_weight"] in manifest["method"].split("+")
+    return manifest | ({"loss_weight": "uniform"} if named else {})
 
 
 def _differing(manifests: list[dict]) -> list[str]:

@@ -12,6 +12,7 @@ from analysis.plots.style import (
     DIVERGING,
     axes_or_new,
     draw_legend,
+    gap_between,
     hatch_cell,
     label_intervals,
     method_colour,
@@ -42,12 +43,13 @@ def plot_block_rates(
     ax.axhline(null, color="#8c8c8c", linewidth=1, linestyle="--", zorder=1)
     dim = next(str(dim) for dim in rates["value"].dims if dim != "method")
     methods = ordered(str(name) for name in rates["method"].values)
+    gap = gap_between(len(methods), _DODGE)
     for index, method in enumerate(methods):
         own = rates.sel({"method": method})
-        at = np.arange(rates.sizes[dim]) + (index - (len(methods) - 1) / 2) * _DODGE
+        at = np.arange(rates.sizes[dim]) + (index - (len(methods) - 1) / 2) * gap
         colour = method_colour(method)
         label = "share that conflicts significantly" if index == 0 else None
-        ax.bar(at, own["conflicting"].values, width=_DODGE * 0.9, color=colour, alpha=0.4, label=label)
+        ax.bar(at, own["conflicting"].values, width=gap * 0.9, color=colour, alpha=0.4, label=label)
         error = np.nan_to_num(own["half_width"].values)
         ax.errorbar(at, own["value"].values, yerr=error, fmt="o", color=colour, markersize=4, label=method_name(method))
     _name_blocks(ax, rates[dim], "x")

@@ -12,7 +12,7 @@ from matplotlib.ticker import Formatter, PercentFormatter, StrMethodFormatter
 from analysis.arrivals import arrival_axis
 from analysis.methods import method_name, ordered
 from analysis.plots.curves import AXIS_LABELS, label_axis
-from analysis.plots.style import axes_or_new, draw_legend, label_intervals, method_colour
+from analysis.plots.style import axes_or_new, draw_legend, gap_between, label_intervals, method_colour
 
 _DODGE = 0.16
 _ROOM = 1.5
@@ -35,7 +35,9 @@ def plot_arrival_profile(
     ax = axes_or_new(ax)
     axis = arrival_axis(profile)
     end = float(profile[axis].max())
-    for method in ordered(profile["method"]):
+    methods = ordered(profile["method"])
+    alpha = 0.36 / max(3, len(methods) - 1)  # many bands on top of each other stay a band
+    for method in methods:
         own, colour = profile[profile["method"] == method], method_colour(method)
         if own["fraction"].iloc[-1] == 1:  # of runs that have all arrived it is known how it goes on
             own = pd.concat([own, own.tail(1).assign(**{axis: end}, ended=0)])
@@ -45,7 +47,7 @@ def plot_arrival_profile(
             label=method_name(method),
         )  # fmt: skip
         if method != reference:
-            ax.fill_between(own[axis], own["low"], own["high"], step="post", color=colour, alpha=0.12, linewidth=0)
+            ax.fill_between(own[axis], own["low"], own["high"], step="post", color=colour, alpha=alpha, linewidth=0)
         ended = own[own["ended"] > 0]
         ax.scatter(ended[axis], ended["fraction"], marker="x", s=40, color=colour, zorder=4, clip_on=False)
     ax.set(xlim=(0, 1.03 * end), ylim=(-0.02, 1.02))
@@ -122,7 +124,7 @@ def plot_interval_effects(
         ax.set_ylim(limits)
     for index, method in enumerate(methods):
         own, colour = effects[effects["method"] == method], method_colour(method)
-        at = own["task"] + (index - (len(methods) - 1) / 2) * _DODGE
+        at = own["task"] + (index - (len(methods) - 1) / 2) * gap_between(len(methods), _DODGE)
         error = (own["estimate"] - own["low"]).fillna(0), (own["high"] - own["estimate"]).fillna(0)
         ax.errorbar(
             at, own["estimate"], yerr=error, fmt="o", color=colour, markersize=4, elinewidth=1.2,

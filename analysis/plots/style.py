@@ -10,31 +10,73 @@ import numpy.typing as npt
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from analysis.methods import METHOD_NAMES
+from analysis.methods import OPTIMISATION_NAMES, ROUTING_NAMES, split_method
 
-_KNOWN_COLOURS = {"baseline": "#4d4d4d", "random": "#e69f00", "dtr": "#0072b2"}
-_SPARE_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+_ROUTING_COLOURS = {
+    "baseline": "#4d4d4d",
+    "random": "#e69f00",
+    "dtr": "#0072b2",
+    "cluster": "#117733",
+    "learned": "#aa4499",
+}
+assert set(_ROUTING_COLOURS) == set(ROUTING_NAMES)
+_OTHER_COLOURS = (
+    *("#009e73", "#cc79a7", "#999933", "#7fc31c", "#d55e00", "#44aa99", "#8c564b"),
+    *("#882255", "#b3a2ff", "#c4a35a", "#e7298a", "#56b4e9", "#7b4fa3", "#6b8e9e"),
+)
+"""Of optimisations, in the order of `methods.OPTIMISATION_NAMES`, again from the start after the last."""
+_SHADES = {"random": 0.5, "dtr": -0.4, "cluster": -0.22, "learned": 0.27}
+"""How far a routed method's colour is from that of the optimisation alone, to white, or (below 0) to black."""
+_VARIANT_SHADES = {"per_block": 0.4, "depth": -0.4}
 DIVERGING = "RdBu"
 """Red for conflict, blue for agreement; told apart by all common forms of colour blindness."""
 SEQUENTIAL = "viridis"
+_ROOM = 0.84
+"""Of the distance between two places, what the marks of one may take."""
 _LOG_FROM = 5.0
 _MAX_LABELS = 16
 _MAX_ANNOTATED = 10
 
 
 def method_colour(method: str) -> str:
-    """The one colour of a method, the same in every figure (Okabe and Ito's palette)."""
-    if method in _KNOWN_COLOURS:
-        return _KNOWN_COLOURS[method]
+    """The one colour of a method, the same in every figure.
+
+    Without an optimisation of its own it is the routing's (Okabe and Ito's palette for the first three). An
+    optimisation has a hue, in a shade for each routing.
+    """
+    kind, optimisation = split_method(method)
+    routing, *variants = kind.split("+")
+    if optimisation or routing not in _ROUTING_COLOURS:
+        colour = _shaded(_hue(optimisation or routing), _SHADES.get(routing, 0.0))
+    else:
+        colour = _ROUTING_COLOURS[routing]
+    for variant in variants:
+        colour = _shaded(colour, _VARIANT_SHADES.get(variant, 0.0))
+    return colour
+
+
+def _hue(parts: str) -> str:
+    known = list(OPTIMISATION_NAMES)
     # Not hash(): it differs between processes.
-    return _SPARE_COLOURS[sum(method.encode()) % len(_SPARE_COLOURS)]
+    places = [known.index(part) if part in known else sum(part.encode()) for part in parts.split("+")]
+    return _OTHER_COLOURS[(sum(places) + 3 * (len(places) - 1)) % len(_OTHER_COLOURS)]
 
 
-assert set(_KNOWN_COLOURS) == set(METHOD_NAMES)
+def _shaded(colour: str, share: float) -> str:
+    """A colour mixed with so much white, or with so much black if the share is negative."""
+    other = float(share > 0)
+    red, green, blue = (own + abs(share) * (other - own) for own in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def gap_between(count: int, widest: float) -> float:
+    """How far apart the marks of so many methods stand at one place of an axis, so that none comes near the next."""
+    return min(widest, _ROOM / max(count, 1))
 
 
 def axes_or_new(ax: Axes | None) -> Axes:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from analysis.methods import method_name, ordered
-from analysis.plots.style import axes_or_new, draw_legend, label_intervals, method_colour
+from analysis.plots.style import axes_or_new, draw_legend, gap_between, label_intervals, method_colour
 
 _DODGE = 0.13
 _DEEPEST = 30.0
@@ -120,7 +120,7 @@ def _draw_methods(values: xr.Dataset, ax: Axes) -> None:
 def _places(values: xr.DataArray) -> list[tuple[str, np.ndarray]]:
     """Methods in order, and where on the axis their values stand, side by side."""
     methods = ordered(str(name) for name in values["method"].values)
-    shift = (np.arange(len(methods)) - (len(methods) - 1) / 2) * _DODGE
+    shift = (np.arange(len(methods)) - (len(methods) - 1) / 2) * gap_between(len(methods), _DODGE)
     return [(method, np.arange(values.sizes["task"]) + by) for method, by in zip(methods, shift, strict=True)]
 
 

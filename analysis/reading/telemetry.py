@@ -49,6 +49,8 @@ def read_telemetry(folder: Path) -> xr.Dataset:
           channels than the widest are filled with NaN. The first and the third stay on disk until they are looked at.
         - ``mask`` (block, timestep, channel) of a routed run.
         - ``training_seconds`` (clock_step): time in training steps since step 0.
+        - ``task_weight`` (weight_step, task): weights that a multi-task method gave the tasks, 1 for plain training; means
+          over the steps since the row before, or since step 0.
         - what `dtr-lab affinity` measured: see `measurements`.
 
         Coordinates: ``interval`` (label), ``t_low``, ``t_high`` (inclusive) and ``log_snr`` (at the interval's median
@@ -67,6 +69,7 @@ def read_telemetry(folder: Path) -> xr.Dataset:
         read_activations(shards[records.CHANNEL_ACTIVATION], manifest),
         _read_masks(folder / Path(records.MASKS_PATH).name, manifest),
         _read_training_time(shards[records.TRAINING_TIME]),
+        _read_task_weights(shards[records.TASK_WEIGHT], manifest),
         *read_transfer(shards[records.TASK_TRANSFER], manifest),
         read_representation(shards[records.REPRESENTATION], manifest),
     ]
@@ -107,6 +110,20 @@ def _read_training_time(shards: Sequence[Shard]) -> xr.Dataset | None:
     steps, seconds = (np.concatenate([column.to_numpy() for column in columns]) for columns in zip(*found, strict=True))
     order = np.argsort(steps, kind="stable")
     return xr.Dataset({"training_seconds": ("clock_step", seconds[order])}, coords={"clock_step": steps[order]})
+
+
+def _read_task_weights(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dataset | None:
+    found = list(reduce_shards(shards, ("weight",), lambda _, table: (table["step"], table["weight"])))
+    if not found:
+        return None
+    steps = np.concatenate([column.to_numpy() for column, _ in found])
+    weights = np.concatenate([np.stack(column.to_numpy()) for _, column in found])
+    if weights.shape[1] != len(manifest.interval_bounds) - 1:
+        raise UserInputError(
+            f"task weights of {weights.shape[1]} tasks do not belong to a run of {len(manifest.interval_bounds) - 1}"
+        )
+    order = np.argsort(steps, kind="stable")
+    return xr.Dataset({"task_weight": (("weight_step", "task"), weights[order])}, {"weight_step": steps[order]})
 
 
 def _read_masks(path: Path, manifest: RunManifest) -> xr.Dataset | None:

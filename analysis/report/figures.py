@@ -37,11 +37,12 @@ from analysis.report.convergence_figures import (
     intervals_figure,
     speed_up_figure,
 )
+from analysis.report.many_methods import drawn_methods, verdict_of_many
 from analysis.report.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
 from analysis.report.timestep_figures import representation_figure
 from analysis.report.transfer_figures import look_ahead_figure, measured_figure, measured_film_figure, sharing_figure
-from analysis.summary import Verdict, verdict
+from analysis.summary import Verdict
 
 _CHANNELS = "activation_mean_square"
 Specialists = Mapping[str, Runs]
@@ -52,6 +53,8 @@ def report_sections(
     runs: Runs, curves: pd.DataFrame, specialists: Specialists | None = None
 ) -> list[ReportSection[ReportFigure]]:
     """All figures that these runs have data for, in the sections and the order of the report.
+
+    Of more methods than figures can hold, those of `many_methods.drawn_methods` are drawn.
 
     Args:
         runs: What was compared; all must measure the same intervals.
@@ -70,7 +73,7 @@ def drawn_report(
     specialists: Specialists | None = None,
     pdf: bool = False,
 ) -> tuple[Verdict, list[ReportSection[DrawnFigure]]]:
-    """`summary.verdict` and `report_sections` as files: what takes longest in a report, side by side.
+    """`many_methods.verdict_of_many` and `report_sections` as files: what takes longest in a report, side by side.
 
     Args:
         runs: What was compared; all must measure the same intervals.
@@ -86,7 +89,7 @@ def drawn_report(
 
     # From the end: the last figures take longest, and short ones fill what is left at the end.
     drawing = [functools.partial(draw, *planned) for planned in reversed(_planned(runs, curves, specialists or {}))]
-    said, *made = forked_calls([functools.partial(verdict, runs, summary, curves), *drawing])
+    said, *made = forked_calls([functools.partial(verdict_of_many, runs, summary, curves), *drawing])
     return said, _sections([(title, figure) for title, figure in reversed(made) if figure is not None])
 
 
@@ -97,6 +100,10 @@ def _sections(made: list[tuple[str, AnyFigure]]) -> list[ReportSection[AnyFigure
 
 def _planned(runs: Runs, curves: pd.DataFrame, specialists: Specialists) -> list[tuple[str, Maker, Runs]]:
     """Section, maker, and the runs that have the variable that the figure shows; without those that have none."""
+    drawn = drawn_methods(run.attrs["method"] for run in runs)
+    runs = [run for run in runs if run.attrs["method"] in drawn]
+    curves = curves[curves["method"].isin(drawn)]
+    specialists = {method: own for method, own in specialists.items() if method in drawn}
     channels = method_channels(runs)
     prepare(list(channels.values()))
     summed = [with_total(run) if "gramian" in run else run for run in runs]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from html import escape
 import numpy as np
 import pandas as pd
 import xarray as xr
+from PIL import Image
 
 from analysis.methods import method_name, ordered
-from analysis.report.panels import DrawnFigure, ReportSection
+from analysis.report.panels import DOTS_PER_INCH, DrawnFigure, ReportSection
 from analysis.summary import Verdict, readable
 from lightning_modules.tracking.records import RunManifest
 
@@ -47,8 +49,12 @@ figcaption, .note { color: #444; font-size: .92rem; max-width: 52rem; }
   figure .wide img.narrow { width: 30rem; } }
 @media print { body { font-size: 11px; max-width: none; padding: 0; } .wide { overflow: visible; }
   figure, tr, .verdict, .warning { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  nav { display: none; } table { font-size: 8px; } }
+  figure img { max-width: 100% !important; } nav { display: none; } table { font-size: 8px; } }
 """
+
+_MOST_INCHES = 13.0
+_SHOWN_DPI = 100
+"""At which a figure as wide as others fills the page."""
 
 _NOTES = """
 Losses are the mean unweighted error on held-out images at fixed noise and timesteps, so that runs are comparable point
@@ -156,9 +162,15 @@ def _section(section: ReportSection[DrawnFigure]) -> str:
 def _figure(figure: DrawnFigure) -> str:
     data = base64.b64encode(figure.png).decode()
     title, caption = escape(figure.title), escape(figure.caption)
-    narrow = ' class="narrow"' if figure.narrow else ""
-    image = f'<img{narrow} src="data:image/png;base64,{data}" alt="{title}">'
+    size = ' class="narrow"' if figure.narrow else _own_width(figure.png)
+    image = f'<img{size} src="data:image/png;base64,{data}" alt="{title}">'
     return f'<h3>{title}</h3>\n<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _own_width(png: bytes) -> str:
+    """Lets a picture that is much wider than the page keep its size, so that one scrolls instead of guessing."""
+    width = Image.open(io.BytesIO(png)).width / DOTS_PER_INCH
+    return f' style="max-width: none; width: {_SHOWN_DPI * width:.0f}px"' if width > _MOST_INCHES else ""
 
 
 def _readable_runs(table: pd.DataFrame) -> pd.DataFrame:

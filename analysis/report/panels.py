@@ -17,7 +17,7 @@ from PIL import Image
 
 Runs = Sequence[xr.Dataset]
 _PANEL_INCHES = 3.6
-_DPI = 130
+DOTS_PER_INCH = 130
 _WIDE_INCHES = 8
 _PAGE_INCHES = 11.0
 _FILM_INCHES = 8.5
@@ -44,7 +44,7 @@ class ReportFigure:
     def png(self) -> bytes:
         """The figure as a PNG file of 256 colours, a quarter of the size that it would have in full."""
         canvas = FigureCanvasAgg(self.figure)
-        self.figure.set_dpi(_DPI)
+        self.figure.set_dpi(DOTS_PER_INCH)
         canvas.draw()
         self.figure.set_layout_engine("none")  # laid out once: half of what it takes to draw a figure again
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -8,7 +8,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from analysis.gramians import task_coordinates
-from analysis.methods import METHOD_NAMES
+from analysis.methods import ROUTING_NAMES
 from analysis.plots.attenuation import plot_raw_vs_corrected
 from analysis.plots.blocks import plot_block_cosines, plot_block_rates
 from analysis.plots.style import method_colour
@@ -16,7 +16,7 @@ from analysis.plots.tasks import plot_noise_scale, plot_task_values
 from tests.analysis.simulation import ABOVE, COSINES, K
 
 mpl.use("Agg")
-METHODS = list(METHOD_NAMES)[:2]
+METHODS = list(ROUTING_NAMES)[:2]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_task_values_show_bars_raw_values_and_crosses(ax):
     np.testing.assert_allclose(drawn, values["value"])
     known = values["value"].values[np.isfinite(values["value"])]
     np.testing.assert_allclose(bars(ax), np.stack([known - 0.1 * abs(known), known + 0.1 * abs(known)], 1))
-    first = {f"{METHOD_NAMES[METHODS[0]]}: undefined in 1 of 4", "equal shares"}
+    first = {f"{ROUTING_NAMES[METHODS[0]]}: undefined in 1 of 4", "equal shares"}
     assert first <= set(labels(ax))
     hollow = [line for line in ax.lines if str(line.get_label()).endswith(", raw")]
     np.testing.assert_allclose([line.get_ydata() for line in hollow], raw)
@@ -168,5 +168,5 @@ def test_nothing_lies_on_the_edge_or_under_the_legend(ax):
     _, foot = ax.transData.inverted().transform(ax.get_legend().get_window_extent().p0)
     assert 1900 < foot < high
     # A method without a single value says so, and has no line to look for.
-    assert labels(ax).count(METHOD_NAMES[METHODS[1]]) == 0
-    assert f"{METHOD_NAMES[METHODS[1]]}: undefined in 4 of 4" in labels(ax)
+    assert labels(ax).count(ROUTING_NAMES[METHODS[1]]) == 0
+    assert f"{ROUTING_NAMES[METHODS[1]]}: undefined in 4 of 4" in labels(ax)

@@ -3,14 +3,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from analysis import affinity, convergence, frames
-from analysis.methods import METHOD_NAMES
+from analysis.methods import OPTIMISATION_NAMES, ROUTING_NAMES
 from analysis.plots.curves import plot_conflict_rate, plot_curves
 from analysis.plots.intervals import plot_interval_change, plot_interval_loss
 from analysis.plots.matrices import plot_conflict_matrix, plot_overlap
-from analysis.plots.style import method_colour
+from analysis.plots.style import gap_between, method_colour
 from tests.analysis.synthetic import K
 
 mpl.use("Agg")
@@ -107,6 +108,22 @@ def test_plots_make_their_own_axes_when_given_none(runs):
 
 
 def test_methods_have_colours_of_their_own():
-    colours = {method_colour(method) for method in METHOD_NAMES}
-    assert len(colours) == len(METHOD_NAMES)
+    colours = {method_colour(method) for method in ROUTING_NAMES}
+    assert len(colours) == len(ROUTING_NAMES)
     assert method_colour("other") not in colours
+
+
+def test_a_grid_of_methods_has_as_many_colours():
+    parts = ["", "+min_snr", "+p2", "+uw", "+pcgrad", "+nash_mtl", "+upgrad"]
+    tags = [f"{routing}{part}" for routing in ("baseline", "random", "dtr") for part in parts]
+    colours = np.array([to_rgb(method_colour(tag)) for tag in tags])
+    distances = np.linalg.norm(colours[:, None] - colours, axis=-1)[np.triu_indices(len(tags), 1)]
+    assert distances.min() > 0.1
+    everything = {method_colour(f"{routing}+{part}") for routing in ROUTING_NAMES for part in OPTIMISATION_NAMES}
+    assert len(everything) > 60  # the hues start again after the fourteenth
+    assert len({method_colour(f"dtr{variant}") for variant in ("", "+per_block", "+depth")}) == 3
+
+
+def test_marks_of_many_methods_stay_at_their_place():
+    assert gap_between(2, 0.16) == 0.16
+    assert 21 * gap_between(21, 0.16) < 1

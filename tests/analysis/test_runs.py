@@ -13,6 +13,7 @@ from mlflow.entities import Metric
 from analysis import frames
 from analysis.runs import _load, _telemetry_folder, load_runs, locate_store, metric_curves
 from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import records
 from tests.analysis import synthetic
 
 
@@ -159,7 +160,7 @@ def remote_run(folder):
     info = SimpleNamespace(
         artifact_uri="mlflow-artifacts:/1/r1/artifacts", run_id="r1", run_name="one", status="FINISHED", start_time=0
     )
-    return SimpleNamespace(info=info, data=SimpleNamespace(tags={}))
+    return SimpleNamespace(info=info, data=SimpleNamespace(tags={}, metrics={}))
 
 
 def test_remote_artifacts_are_downloaded_and_not_left_behind(tmp_path):
@@ -250,3 +251,18 @@ def test_a_run_without_the_metric_is_named_with_similar_ones(scored):
     stranger = runs[0].assign_attrs(run_id="abc")
     with pytest.raises(UserInputError, match="no run 'abc' in this store"):
         metric_curves([stranger], "fid", uri)
+
+
+def test_cells_of_a_sweep_and_measures_of_samples_come_with_the_run(tmp_path):
+    uri = synthetic.make_store(tmp_path, seeds=2, methods=("baseline",))
+    client = MlflowClient(tracking_uri=uri)
+    first, other = (run.attrs["run_id"] for run in load_runs(uri, experiment=synthetic.EXPERIMENT))
+    client.set_tag(first, records.TAG_CELL, "routing=plain,optimisation=p2")
+    for step, value in ((1, 9.0), (2, 0.5)):
+        client.log_metric(first, "fidelity/frechet_pixels", value, step=step)
+    client.log_metric(first, "fidelity/kernel_pixels", math.inf)
+    client.log_metric(first, "loss/train", 3.0)
+    runs = {run.attrs["run_id"]: run.attrs for run in load_runs(uri, experiment=synthetic.EXPERIMENT)}
+    assert runs[first]["cell"] == "routing=plain,optimisation=p2"
+    assert runs[first]["fidelity"] == {"frechet_pixels": 0.5, "kernel_pixels": math.inf}
+    assert (runs[other]["cell"], runs[other]["fidelity"]) == ("", {})

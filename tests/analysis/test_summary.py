@@ -215,3 +215,11 @@ def test_of_many_seeds_the_median_is_shown_and_how_many_arrived(runs):
     np.testing.assert_allclose(steps, 1000 / synthetic.DTR_SPEED, rtol=0.06)
     assert text.endswith(" (7 of 10 runs)")
     assert summary_frame(many_seeds(runs, 10, late=6)).loc["dtr", "steps_to_baseline"] == "not reached (4 of 10 runs)"
+
+
+def test_a_loss_weight_that_the_method_names_is_what_is_compared(runs):
+    plain = [run for run in runs if run.attrs["method"] == "baseline"]
+    named = [changed(run, method="baseline+min_snr", loss_weight="min_snr") for run in plain]
+    assert comparability([*plain, *named]) == []
+    unnamed = [changed(run, method="dtr", loss_weight="min_snr") for run in plain]
+    assert comparability([*plain, *unnamed])[0].startswith("The runs differ in loss_weight")

@@ -2,10 +2,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
 from analysis.frames import curves_frame, runs_frame
 from analysis.report.figures import drawn_report, report_sections
 from analysis.report.page import render_report
+from analysis.report.panels import ReportFigure, ReportSection
 from analysis.summary import Verdict, summary_frame, verdict
 
 VOID = {"meta", "img", "br"}
@@ -135,3 +137,16 @@ def test_a_diverged_loss_is_called_so_and_a_rate_without_probes_not(runs):
     row = html[html.index('id="runs"') : html.index('id="settings"')]
     assert row.count("<td>diverged</td>") == 1
     assert row.count("<td>not measured</td>") == 1
+
+
+def test_a_picture_far_wider_than_the_page_is_scrolled_not_shrunk(runs):
+    pictures = {}
+    for name, width in (("usual", 11.0), ("broad", 26.0)):
+        figure = Figure(figsize=(width, 1))
+        pictures[name] = ReportFigure(name, name, "", figure).drawn()
+    curves, table = curves_frame(runs), runs_frame(runs)
+    sections = [ReportSection("Figures", list(pictures.values()))]
+    page = render_report(runs, summary_frame(table, curves), Verdict([], []), table, sections, title="")
+    usual, broad = re.findall(r"<img([^>]*?)src=", page)
+    assert "style" not in usual
+    assert "max-width: none; width: 2600px" in broad

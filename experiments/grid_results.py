@@ -64,6 +64,7 @@ def write_results(
     from analysis.grid import grid_frame
     from analysis.report.grid_figures import grid_figures
     from analysis.report.grid_page import render_results
+    from analysis.report.task_weight_figures import task_weights_figure
 
     for folder in (out, out / FIGURES_DIR, out / TABLES_DIR):
         writable_folder(folder, "the results")
@@ -76,6 +77,8 @@ def write_results(
     frame = grid_frame(runs, axes)
     facts = _facts(uri, runs, frame, command, [*left_out, *problems])
     figures = grid_figures(frame, curves_frame(runs))
+    weights = task_weights_figure([run for run in runs if "task_weight" in run])
+    figures += [] if weights is None else [weights]
     page = render_results(frame, facts, figures, FIGURES_DIR)
     _write(out, page, figures, _tables(frame))
     _log(uri, experiment, comparison, out, facts)

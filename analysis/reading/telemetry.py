@@ -49,8 +49,8 @@ def read_telemetry(folder: Path) -> xr.Dataset:
           channels than the widest are filled with NaN. The first and the third stay on disk until they are looked at.
         - ``mask`` (block, timestep, channel) of a routed run.
         - ``training_seconds`` (clock_step): time in training steps since step 0.
-        - ``task_weight`` (weight_step, task): weights that a multi-task method gave the tasks, 1 for plain training; means
-          over the steps since the row before, or since step 0.
+        - ``task_weight`` (weight_step, task): weights that a multi-task method gave the tasks, 1 for plain training;
+          means over the steps since the row before, or since step 0.
         - what `dtr-lab affinity` measured: see `measurements`.
 
         Coordinates: ``interval`` (label), ``t_low``, ``t_high`` (inclusive) and ``log_snr`` (at the interval's median

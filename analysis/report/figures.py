@@ -40,6 +40,7 @@ from analysis.report.convergence_figures import (
 from analysis.report.many_methods import drawn_methods, verdict_of_many
 from analysis.report.panels import AnyFigure, DrawnFigure, ReportFigure, ReportSection, Runs
 from analysis.report.routing_figures import channel_overlap_figure, routing_budget_figure
+from analysis.report.task_weight_figures import task_weights_figure
 from analysis.report.timestep_figures import representation_figure
 from analysis.report.transfer_figures import look_ahead_figure, measured_figure, measured_film_figure, sharing_figure
 from analysis.summary import Verdict
@@ -109,15 +110,8 @@ def _planned(runs: Runs, curves: pd.DataFrame, specialists: Specialists) -> list
     summed = [with_total(run) if "gramian" in run else run for run in runs]
     affinities = affinities_by_method(summed, specialists)
     makers: dict[str, list[tuple[str, Maker]]] = {
-        "Convergence": [
-            ("val_loss", lambda _: curves_figure(curves)),
-            ("val_loss", lambda _: cost_figure(curves)),
-            ("val_loss", lambda _: arrivals_figure(curves)),
-            ("val_loss", lambda _: speed_up_figure(curves)),
-            ("val_loss", intervals_figure),
-            ("val_loss", lambda usable: interval_effects_figure(usable, curves)),
-            ("val_loss", lambda _: interval_curves_figure(curves)),
-        ],
+        "Convergence": _of_convergence(curves),
+        "Multi-task optimisation": [("task_weight", task_weights_figure)],
         "Gradient conflict": [
             ("gramian", conflict_figure),
             ("gramian", raw_vs_corrected_figure),
@@ -152,4 +146,16 @@ def _planned(runs: Runs, curves: pd.DataFrame, specialists: Specialists) -> list
         for title, own in makers.items()
         for variable, maker in own
         if (usable := [run for run in summed if variable in run])
+    ]
+
+
+def _of_convergence(curves: pd.DataFrame) -> list[tuple[str, Maker]]:
+    return [
+        ("val_loss", lambda _: curves_figure(curves)),
+        ("val_loss", lambda _: cost_figure(curves)),
+        ("val_loss", lambda _: arrivals_figure(curves)),
+        ("val_loss", lambda _: speed_up_figure(curves)),
+        ("val_loss", intervals_figure),
+        ("val_loss", lambda usable: interval_effects_figure(usable, curves)),
+        ("val_loss", lambda _: interval_curves_figure(curves)),
     ]

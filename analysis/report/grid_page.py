@@ -121,7 +121,7 @@ def render_results(frame: pd.DataFrame, facts: GridFacts, figures: Sequence[Repo
         for quantity in measured:
             parts += [f"{FIDELITY_WORDS[quantity].capitalize()}:", cells_table(frame, quantity)]
         parts.append(shown.get("grid_fidelity", ""))
-    parts += ["## Training", shown.get("grid_curves", ""), *_cost_section(frame)]
+    parts += ["## Training", shown.get("grid_curves", ""), shown.get("task_weights", ""), *_cost_section(frame)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

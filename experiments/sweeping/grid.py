@@ -131,7 +131,14 @@ def _write(sweep: Sweep, place: Place, results: Path, command: str) -> None:
         return
     axes = {axis: list(choices) for axis, choices in sweep.axes.items()}
     write_results(
-        place.uri, experiment=sweep.experiment, comparison=sweep.name, axes=axes, out=results, command=command
+        place.uri,
+        experiment=sweep.experiment,
+        comparison=sweep.name,
+        axes=axes,
+        out=results,
+        command=command,
+        run_dir=place.run_dir,
+        samples=sweep.samples,
     )
     print(f"\nResults: {results}")
 

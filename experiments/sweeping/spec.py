@@ -15,7 +15,7 @@ from experiments.sweeping.parameters import Search, read_search
 from experiments.sweeping.settings import Settings, flattened, merged, nested
 from lightning_modules.errors import UserInputError
 
-_KEYS = ("name", "experiment", "config", "settings", "seeds", "seeded", "axes", "search")
+_KEYS = ("name", "experiment", "config", "settings", "seeds", "seeded", "samples", "axes", "search")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,79}")
 _NAME_HINT = (
     "letters, digits, '_', '.', '+' and '-', the first a letter or digit (in quotes where YAML reads it otherwise)"
@@ -42,6 +42,7 @@ class Sweep:
         seeds: Of each cell, or trial.
         seeded: Settings that take the run's seed where a run has them.
         axes: Axis -> choice -> its settings, over ``settings``; empty for a search.
+        samples: How many samples to draw of each run of a grid and compare with real images; 0 for none.
         search: The search; None for a grid.
         overrides: From the command line, over everything else.
     """
@@ -53,6 +54,7 @@ class Sweep:
     settings: Settings
     seeds: tuple[int, ...]
     seeded: tuple[str, ...]
+    samples: int
     axes: dict[str, dict[str, Settings]]
     search: Search | None
     overrides: Settings
@@ -93,6 +95,7 @@ def read_sweep(
         settings=settings,
         seeds=_seeds(where if seeds is None else "--seeds", content.get("seeds", [0]) if seeds is None else seeds),
         seeded=_seeded(where, content.get("seeded", [])),
+        samples=_samples(where, content.get("samples", 0)),
         axes=axes,
         search=search,
         overrides=from_command,
@@ -205,3 +208,9 @@ def _seeded(where: str, found: Any) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(key, str) for key in found):
         raise UserInputError(f"{where}: seeded must be a list of settings, as in `[model.init_args.routing.seed]`")
     return tuple(found)
+
+
+def _samples(where: str, found: Any) -> int:
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0 or found == 1:
+        raise UserInputError(f"{where}: samples must be 0, for none, or how many to draw of each run, got {found!r}")
+    return found

@@ -24,6 +24,8 @@ STEP = "gradient_step"
 
 Level = Literal["total", "block", "layer"]
 _REST = " (rest)"
+_MASKS = "routing"
+"""Where the parameters of learned masks are: in no block, and in routed networks alone."""
 
 
 def gramian_arrays(
@@ -143,7 +145,8 @@ def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) 
         gramian: (gradient_step, layer, task, half, other_task, other_half).
         level: ``"layer"`` leaves it as it is, ``"block"`` yields the dimension ``block`` instead of ``layer``,
             ``"total"`` sums over all layers.
-        blocks: Names of the residual blocks, in the order of the network. Other layers go by the first component of
+        blocks: Names of the residual blocks, in the order of the network. Learned masks are part of none, and left
+            out. Other layers go by the first component of
             their name; where blocks share it, they are its ``(rest)`` and come after these blocks.
 
     Returns:
@@ -155,7 +158,7 @@ def sum_layers(gramian: xr.DataArray, level: Level, blocks: Sequence[str] = ()) 
     if level == "total":
         return gramian.sum("layer", dtype=float, skipna=False)
     names = [_block_of(str(layer), blocks) for layer in gramian["layer"].values]
-    rows = _network_order(names, blocks)
+    rows = [row for row in _network_order(names, blocks) if row != _MASKS]
     ordered = gramian.transpose(STEP, "layer", ...)
     members = [[at for at, name in enumerate(names) if name == row] for row in rows]
     sums = np.stack([ordered.values[:, own].sum(1, dtype=float) for own in members], axis=1)
@@ -195,7 +198,7 @@ def same_parts(runs: Sequence[xr.Dataset], level: Level) -> bool:
     layers = [[str(layer) for layer in measured_gramian(run)["layer"].values] for run in runs]
     if level == "block":
         layers = [
-            _network_order([_block_of(layer, own) for layer in names], own)
+            [row for row in _network_order([_block_of(layer, own) for layer in names], own) if row != _MASKS]
             for names, own in zip(layers, blocks, strict=True)
         ]
     return all(names == layers[0] for names in layers)

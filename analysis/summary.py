@@ -181,8 +181,9 @@ def comparability(runs: Sequence[xr.Dataset]) -> list[str]:
                 f"Runs of {method_name(method)} differ in {', '.join(inside)}, not only in their seed: their mean and "
                 "spread are over different settings, not over seeds of one."
             )
-        routings = [{**(m["routing"] or {}), "seed": 0} for m in manifests if m["method"] == method]
-        if len({repr(sorted(routing.items())) for routing in routings}) > 1:
+        routings = [m["routing"] or {} for m in manifests if m["method"] == method]
+        shared = set.intersection(*map(set, routings)) - {"seed"}  # older versions did not write all of it
+        if len({repr([(key, routing[key]) for key in sorted(shared)]) for routing in routings}) > 1:
             found.append(f"Runs of {method_name(method)} differ in their routing parameters, not only in their seed.")
     if not same_parts([run for run in runs if "gramian" in run], "block"):
         found.append(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TABLES_DIR = "tables"
 FIGURES_DIR = "figures"
 _ALL = "all"
+_NAMES = 6
+"""Methods that a title names."""
 _RUNS_AT_ONCE = 10
 """That one process makes tables of."""
 
@@ -117,7 +119,7 @@ def compare(
     summary = summary_frame(table, curves)
     said, sections = drawn_report(runs, summary, curves, specialists=specialists, pdf=pdf)
     said.warnings.extend(left_out)
-    title = f"{runs[0].attrs['experiment']}: {' vs. '.join(_method_names(summary))}"
+    title = f"{runs[0].attrs['experiment']}: {_versus(_method_names(summary))}"
     page = render_report(runs, summary, said, table, sections, title=title)
     tables = {
         "summary": summary.reset_index(),
@@ -237,6 +239,10 @@ def _comparison_id(runs: Sequence[xr.Dataset]) -> str:
         return names.pop()
     ids = "".join(sorted(run.attrs["run_id"] for run in runs))
     return f"selection-{hashlib.sha1(ids.encode()).hexdigest()[:8]}"
+
+
+def _versus(names: Sequence[str]) -> str:
+    return " vs. ".join(names) if len(names) <= _NAMES else f"{len(names)} methods"
 
 
 def _method_names(summary: pd.DataFrame) -> list[str]:

@@ -117,11 +117,11 @@ def _read_task_weights(shards: Sequence[Shard], manifest: RunManifest) -> xr.Dat
     if not found:
         return None
     steps = np.concatenate([column.to_numpy() for column, _ in found])
-    weights = np.concatenate([np.stack(column.to_numpy()) for _, column in found])
-    if weights.shape[1] != len(manifest.interval_bounds) - 1:
-        raise UserInputError(
-            f"task weights of {weights.shape[1]} tasks do not belong to a run of {len(manifest.interval_bounds) - 1}"
-        )
+    rows = [row for _, column in found for row in column.to_numpy()]
+    tasks = len(manifest.interval_bounds) - 1
+    if any(len(row) != tasks for row in rows):
+        raise UserInputError(f"the run has {tasks} tasks, but its task weights are of another number: it is damaged")
+    weights = np.stack(rows)
     order = np.argsort(steps, kind="stable")
     return xr.Dataset({"task_weight": (("weight_step", "task"), weights[order])}, {"weight_step": steps[order]})
 

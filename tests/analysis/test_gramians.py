@@ -139,6 +139,18 @@ def test_runs_with_different_blocks_are_pooled_over_whole_networks_only(runs):
     np.testing.assert_allclose(pooled[0], smaller["gramian"][0].sum("layer", dtype=float))
 
 
+def test_learned_masks_are_in_no_block_but_in_the_whole_network(runs):
+    first, second = runs[0], runs[1]
+    masks = first.isel(layer=[0]).assign_coords(layer=["routing.learned.c32"])
+    learned = xr.concat([first[["gramian"]], masks[["gramian"]]], "layer").assign_attrs(first.attrs)
+    learned = learned.assign(group_count=first["group_count"])
+    assert gramians.same_parts([learned, second], "block")
+    assert not gramians.same_parts([learned, second], "layer")
+    xr.testing.assert_allclose(gramians.run_gramian(learned, "block"), gramians.run_gramian(first, "block"))
+    total = gramians.run_gramian(first) + masks["gramian"].isel(layer=0)
+    np.testing.assert_allclose(gramians.run_gramian(learned), total)
+
+
 def test_a_run_with_one_layer_has_the_same_total(runs):
     summed = gramians.with_total(runs[0])
     assert summed.sizes["layer"] == 1

@@ -105,6 +105,26 @@ def test_a_run_without_gradient_probes_still_loads(tmp_path):
     assert "gramian" not in run
 
 
+def test_task_weights_are_read_in_order(folder):
+    shards = synthetic.Shards(folder)
+    weights = np.random.default_rng(0).uniform(0.5, 2, (4, synthetic.K))
+    for part, rows in enumerate(([2, 3], [0, 1])):
+        columns = {
+            "step": [100 * (row + 1) for row in rows],
+            "window_start": [100 * row for row in rows],
+            "weight": [weights[row].tolist() for row in rows],
+        }
+        shards.write(records.TASK_WEIGHT, f"part-{part:05d}", columns)
+    run = read_telemetry(folder)
+    assert run["task_weight"].dims == ("weight_step", "task")
+    assert run["weight_step"].values.tolist() == [100, 200, 300, 400]
+    np.testing.assert_allclose(run["task_weight"], weights)
+    assert run["task_weight"]["interval"].values[0] == "t000-024"
+    shards.write(records.TASK_WEIGHT, "part-00002", {"step": [500], "window_start": [400], "weight": [[1.0, 2.0]]})
+    with pytest.raises(UserInputError, match=r"damaged|task weights"):
+        read_telemetry(folder)
+
+
 def test_clear_errors(folder, tmp_path):
     with pytest.raises(UserInputError, match="not committed any telemetry"):
         read_telemetry(tmp_path)

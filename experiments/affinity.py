@@ -99,7 +99,7 @@ def _add_subject(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--intervals", type=int, metavar="K", help="of published files (default: 8)")
     group.add_argument("--num-heads", type=int, help="attention heads of a published DiT of unknown size")
     group.add_argument(
-        "--loss-weight", choices=["uniform", "min_snr", "p2"], help="(default: as the checkpoint was trained)"
+        "--loss-weight", choices=["uniform", "min_snr", "p2", "speed"], help="(default: as the checkpoint was trained)"
     )
     group.add_argument("--batch-size", type=int, default=128, help="samples of a batch (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of images, noise and timesteps (default: %(default)s)")

@@ -59,7 +59,7 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--raw-weights", action="store_true", help="use the trained weights, not their average")
     group.add_argument("--num-heads", type=int, help="attention heads of a published DiT of unknown size")
     group.add_argument(
-        "--loss-weight", choices=["uniform", "min_snr", "p2"], help="(default: as the checkpoint was trained)"
+        "--loss-weight", choices=["uniform", "min_snr", "p2", "speed"], help="(default: as the checkpoint was trained)"
     )
     group.add_argument(
         "--verify",

@@ -49,7 +49,7 @@ class BaselineModule(DenoiserModule):
 
 
 class DTRModule(DenoiserModule):
-    """A denoiser whose residual blocks are routed: DTR's sliding window, or random masks as the paper's control.
+    """A denoiser whose residual blocks are routed: DTR's sliding window, its control, or other masks to compare with.
 
     Args:
         backbone: See `BaselineModule`, as for every other argument but ``routing``.
@@ -61,7 +61,7 @@ class DTRModule(DenoiserModule):
         balancing: Multi-task method that combines the tasks' losses or gradients.
         optimization: Optimizer and weight average.
         validation: The fixed measurement.
-        seed: Seed of initialisation, t, noise and label dropout; random masks have their own, ``routing.seed``.
+        seed: Seed of initialisation, t, noise and label dropout; masks have their own, ``routing.seed``.
     """
 
     def __init__(

@@ -78,7 +78,6 @@ class DenoisingObjective(pl.LightningModule):
                 "a learned variance needs both learn_sigma: true and variance: learned_range"
             )
         self.routing_config = routing
-        self.loss_weight = loss_weight
         self.interval_config = intervals
         self.sampler_config = sampler
         self.validation = validation
@@ -86,13 +85,19 @@ class DenoisingObjective(pl.LightningModule):
         self.diffusion = GaussianDiffusion(diffusion)
         self.intervals = intervals.build(self.diffusion.log_snr)
         self.sampler = build_sampler(sampler, self.intervals, self.diffusion.log_snr)
-        self.register_buffer("timestep_weights", timestep_weights(loss_weight, self.diffusion), persistent=False)
-        self.uncertainty = LogSnrUncertainty(loss_weight.edm2_channels, seed) if loss_weight.name == "edm2" else None
+        self.weigh_timesteps(loss_weight)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.backbone = build_backbone(backbone)
         if routing is not None:
             route(self.backbone, routing, self.diffusion.num_timesteps)
+
+    def weigh_timesteps(self, loss_weight: LossWeightConfig) -> None:
+        """Sets the weights of the squared error at each timestep, also in place of those the module was made with."""
+        self.loss_weight = loss_weight
+        self.register_buffer("timestep_weights", timestep_weights(loss_weight, self.diffusion), persistent=False)
+        learned = loss_weight.name == "edm2"
+        self.uncertainty = LogSnrUncertainty(loss_weight.edm2_channels, self.seed) if learned else None
 
     def generator(self, stream: int, batch_idx: int) -> torch.Generator:
         """A generator on the module's device whose state depends on seed, stream, process and batch alone."""

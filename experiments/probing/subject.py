@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,21 @@ def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
             step=contents.get("global_step"),
             dataset=contents.get(RESUME_KEY, {}).get("data"),
             attempt=contents.get(CHECKPOINT_KEY, {}).get("attempt", 1),
-            optimizer_state=next(iter(contents.get("optimizer_states", [])), None),
+            optimizer_state=next(map(backbone_state, contents.get("optimizer_states", [])), None),
         )
     if args.loss_weight is not None:
-        module.loss_weight = LossWeightConfig(name=args.loss_weight)
+        module.weigh_timesteps(LossWeightConfig(name=args.loss_weight))
     module.to(device)
     return found
+
+
+def backbone_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer's state dict holds of the backbone, its first group; learned loss weights are behind it."""
+    group = state["param_groups"][0]
+    return {
+        "state": {index: state["state"][index] for index in group["params"] if index in state["state"]},
+        "param_groups": [group],
+    }
 
 
 def _averaged(module: DenoiserModule) -> Backbone:

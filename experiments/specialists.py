@@ -148,6 +148,7 @@ def _arguments(
     settings |= dict(text.split("=", 1) for text in args.settings)
     settings |= {
         "model.init_args.intervals.only": task,
+        "model.init_args.balancing.method": "none",  # one task has nothing to balance
         "data.init_args.batch_size": _batch_size(args, shared),
         "tracking.experiment": args.experiment or shared.experiment,
         "tracking.run_name": f"specialist-task{task}-seed{seed}",

@@ -118,7 +118,7 @@ def check_fit(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None
 
 def _check_sampler(module: DenoiserModule, trainer: Trainer) -> None:
     """A sampler that goes by the gradients' noise needs the probe that measures it."""
-    if module.sampler_config.name != "gradient_noise":
+    if module.sampler_config.name != "gradient_noise" or module.interval_config.only is not None:
         return
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     probes = [each for each in callbacks if isinstance(each, GradientConflictProbe) and each.every_n_steps]

@@ -127,7 +127,7 @@ def _interaction_sentence(effects: pd.DataFrame, by_seed: pd.DataFrame, routing:
     found = tested[tested["significant"]]
     more, less = (found[side][OPTIMISATION] for side in (found["estimate"] < 0, found["estimate"] > 0))
     alone = by_seed[(by_seed["effect"] == "routing") & (by_seed[ROUTING] == routing) & (by_seed[OPTIMISATION] == usual)]
-    base = float(alone["value"].mean())
+    base = float(alone["value"].mean(skipna=False))
     text = (
         f"Do they add up? {_name(routing)} minus {_name(plain)} is {base:+.3g} with {_name(usual)}; with "
         f"{_others(len(tested))} it is lower than that in {_listed(more)}, higher in {_listed(less)}"

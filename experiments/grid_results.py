@@ -77,7 +77,14 @@ def write_results(
     frame = grid_frame(runs, axes)
     facts = _facts(uri, runs, frame, command, [*left_out, *problems])
     figures = grid_figures(frame, curves_frame(runs))
-    weights = task_weights_figure([run for run in runs if "task_weight" in run])
+    # By cell, not by method: two cells can be of one method with other parameters.
+    weights = task_weights_figure(
+        [
+            run.assign_attrs(method="+".join(records.cell_choices(run.attrs["cell"]).values()) or run.attrs["method"])
+            for run in runs
+            if "task_weight" in run
+        ]
+    )
     figures += [] if weights is None else [weights]
     page = render_results(frame, facts, figures, FIGURES_DIR)
     _write(out, page, figures, _tables(frame))

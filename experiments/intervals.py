@@ -80,9 +80,9 @@ def _timestep_units(path: Path, num_timesteps: int | None) -> Units:
 
     try:
         cosine = xr.load_dataset(path)["cosine"]
+        last = int(cosine["timestep"].values[-1])
     except (OSError, ValueError, KeyError) as error:
         raise UserInputError(f"--affinity {path} is no result of `dtr-lab probe --timesteps`: {error}") from error
-    last = int(cosine["timestep"].values[-1])
     if num_timesteps is not None and num_timesteps <= last:
         raise UserInputError(f"--num-timesteps {num_timesteps}: timestep {last} was measured, so T is larger")
     return _known(affinity_units(cosine, num_timesteps=num_timesteps))

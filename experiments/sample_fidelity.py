@@ -189,6 +189,8 @@ def _outcome(checkpoint: Path, samples: int, uri: str, threads: int | None = Non
         return sample_fidelity(checkpoint, samples=samples, tracking_uri=uri, threads=threads)
     except UserInputError as error:
         return str(error)
+    except Exception as error:  # hours of training are behind this: one checkpoint must not cost the results of all
+        return f"{type(error).__name__}: {error}"
 
 
 def _real_images(data: ProbeData) -> tuple[Tensor, Tensor]:

@@ -112,17 +112,44 @@ def check_fit(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None
     if data.batch_size % trainer.world_size:
         raise UserInputError(f"data.batch_size {data.batch_size} must be divisible by {trainer.world_size} processes")
     _check_sampler(module, trainer)
+    _check_balancing(module, data, trainer)
     data.setup("fit")
     _check_validation(module, data)
+
+
+def _conflict_probes(trainer: Trainer) -> list[GradientConflictProbe]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, GradientConflictProbe) and each.every_n_steps]
+
+
+def _check_balancing(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None:
+    """Multi-task methods need samples of all tasks, and measure for the probes."""
+    method = module.balancing.method
+    if method == "none":
+        return
+    share = module.sampler.interval_importance()
+    widths = torch.tensor(module.intervals.widths, dtype=torch.float64) / module.intervals.num_timesteps
+    batch = data.batch_size // trainer.world_size
+    fewest = float((batch * widths / share).min())
+    if fewest < 1:
+        raise UserInputError(
+            f"balancing.method {method} needs samples of every interval, but a batch of {batch} drawn by the sampler "
+            f"{module.sampler_config.name!r} has only {fewest:.2g} of the rarest of {module.intervals.num_intervals} "
+            "on average: raise data.batch_size, use fewer intervals, or another sampler"
+        )
+    others = [probe for probe in _conflict_probes(trainer) if probe.processes != module.balancing.processes]
+    if trainer.world_size > 1 and module.balancing.uses_gradients and others:
+        raise UserInputError(
+            f"balancing.processes is {module.balancing.processes!r}, but gradient_conflict.processes is "
+            f"{others[0].processes!r}: they share one measurement, so set both to the same"
+        )
 
 
 def _check_sampler(module: DenoiserModule, trainer: Trainer) -> None:
     """A sampler that goes by the gradients' noise needs the probe that measures it."""
     if module.sampler_config.name != "gradient_noise" or module.interval_config.only is not None:
         return
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    probes = [each for each in callbacks if isinstance(each, GradientConflictProbe) and each.every_n_steps]
-    if not any(probe.halves >= 2 for probe in probes):
+    if not any(probe.halves >= 2 for probe in _conflict_probes(trainer)):
         raise UserInputError(
             "sampler.name gradient_noise learns from the gradient_conflict probe: set gradient_conflict.every_n_steps "
             "above 0 and gradient_conflict.halves to 2 or more"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_modules.backbones.dit import DiTConfig
 from lightning_modules.backbones.unet_config import UNetConfig
-from lightning_modules.balancing.balancer import Situation, build_balancer
+from lightning_modules.balancing.balancer import Request, Situation
+from lightning_modules.balancing.build import build_balancer
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig, OptimizationConfig, ValidationConfig
 from lightning_modules.diffusion import DiffusionConfig
@@ -56,6 +57,10 @@ class DenoiserModule(DenoisingObjective):
                 f"intervals.only trains one task, so that balancing.method {balancing.method} has nothing to balance: "
                 "set it to none"
             )
+        if self.intervals.num_intervals < 2 and balancing.method != "none":
+            raise UserInputError(
+                f"balancing.method {balancing.method} needs two tasks or more: raise intervals.num_intervals"
+            )
         self.save_hyperparameters(
             {
                 "class": type(self).__name__,
@@ -77,7 +82,7 @@ class DenoiserModule(DenoisingObjective):
         self.ema = averaged_copy(self.backbone, optimization.ema_decay)
         trained = sum(parameter.numel() for parameter in self.backbone.parameters() if parameter.requires_grad)
         self.balancer = build_balancer(balancing, self.intervals.num_intervals, trained)
-        self.gramian_halves = 1
+        self.gramian_request: Request | None = None
         self._drawn: NoisedBatch | None = None
         self._importance = torch.ones(())
         self._recent_losses: list[Tensor] = []
@@ -110,7 +115,7 @@ class DenoiserModule(DenoisingObjective):
             first_batch=batch_idx % self.trainer.accumulate_grad_batches == 0,
             entropy=(self.seed, BALANCING_STREAM, batch_idx),
             loss_scale=loss_scale(self.trainer),
-            halves=self.gramian_halves,
+            request=self.gramian_request,
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -162,7 +167,7 @@ class DenoiserModule(DenoisingObjective):
 
         def losses_now() -> Tensor:
             assert drawn is not None
-            with torch.no_grad():
+            with self.trainer.precision_plugin.forward_context(), torch.no_grad():
                 return self.losses_with_dropout(drawn, batch_idx).loss * self._importance
 
         self.balancer.after_step(self.trainer.global_step + 1, losses_now)

@@ -70,6 +70,8 @@ class MaskConfig:
         for name in ("alpha", "temperature"):
             if not getattr(self, name) > 0:
                 raise UserInputError(f"routing {name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserInputError(f"routing seed must not be negative, got {self.seed}")
         self._check_clusters(shares)
 
     def _check_clusters(self, shares: dict[str, float]) -> None:

@@ -37,9 +37,13 @@ def seeded_dropout(model: nn.Module, *entropy: int) -> Iterator[None]:
 @contextlib.contextmanager
 def seeded_global(*entropy: int) -> Iterator[None]:
     """Lets whatever draws from torch's global generator on the CPU draw the same for the same integers, unnoticed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_state(entropy))
+    generator = torch.default_generator  # torch.manual_seed would seed those of other devices, too
+    before = generator.get_state()
+    generator.manual_seed(_state(entropy))
+    try:
         yield
+    finally:
+        generator.set_state(before)
 
 
 def _state(entropy: tuple[int, ...]) -> int:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 
 from analysis.plots.style import axes_or_new
-
-_MOST = 64.0
-"""Weights beyond are drawn at the edge."""
 
 
 def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None = None) -> Axes:
@@ -23,14 +18,12 @@ def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None
         ax: Where to draw. The axis is logarithmic where all weights are positive.
     """
     ax = axes_or_new(ax)
-    colours = sns.color_palette("viridis", weights.sizes["task"])
-    for task, colour in enumerate(colours):
-        values = np.clip(weights.isel(task=task).values, -_MOST, _MOST)
-        ax.plot(
-            weights["weight_step"], values, color=colour, linewidth=1.2, label=str(weights["interval"].values[task])
-        )
+    names = weights["interval"].values
+    for task, colour in enumerate(sns.color_palette("viridis", weights.sizes["task"])):
+        values = weights.isel(task=task).values
+        ax.plot(weights["weight_step"], values, color=colour, linewidth=1.2, label=str(names[task]))
     ax.axhline(1.0, color="#4d4d4d", linewidth=0.8, linestyle="--")
-    if _positive(weights.values):
+    if bool((weights.values > 0).all()):
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="step", ylabel="weight (1: plain training)", title=title)
@@ -38,7 +31,3 @@ def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None
     ax.set_axisbelow(True)
     sns.despine(ax=ax)
     return ax
-
-
-def _positive(values: npt.NDArray[np.float64]) -> bool:
-    return bool((values > 1 / _MOST).all())

@@ -30,11 +30,14 @@ from torch import Tensor
 from torchjd import aggregation
 
 from experiments.benchmarks.gramian.workloads import Batch, Workload, dit
-from lightning_modules.balancing.balancer import Situation, build_balancer
+from lightning_modules.balancing.balancer import Situation
+from lightning_modules.balancing.build import build_balancer
 from lightning_modules.balancing.config import GRADIENT_METHODS, BalancingConfig
 from lightning_modules.balancing.gramian_weights import SUMS
+from lightning_modules.seeding import seeded_global
 
 WAYS = ("keep", "second_pass")
+_ENTROPY = (0,)
 TARGET = 1.8
 TARGET_K = 8
 
@@ -64,7 +67,7 @@ class Trainee:
     def __init__(self, workload: Workload, num_tasks: int) -> None:
         self.workload = workload
         self.model = workload.network()
-        self.batch: Batch = workload.batch(num_tasks)
+        self.batch: Batch = conflicting(workload.batch(num_tasks))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
 
@@ -88,7 +91,7 @@ class Trainee:
         balancer = build_balancer(config, self.batch.num_groups, numbers)
 
         def backward() -> None:
-            with balancer.watch(self.model, Situation(self.batch.group, 0, entropy=(0,))) as to_loss:
+            with balancer.watch(self.model, Situation(self.batch.group, 0, entropy=_ENTROPY)) as to_loss:
                 loss = to_loss(self.losses())
             loss.backward()
 
@@ -106,13 +109,20 @@ class Trainee:
             for index, loss in enumerate(losses):
                 rows = torch.autograd.grad(loss, self.parameters, retain_graph=index + 1 < K)
                 torch.cat([row.flatten() for row in rows], out=jacobian[index])
-            combined = aggregator(jacobian) / (K if method in SUMS else 1)
+            with seeded_global(*_ENTROPY):
+                combined = aggregator(jacobian) / (K if method in SUMS else 1)
             for parameter, part in zip(
                 self.parameters, combined.split([p.numel() for p in self.parameters]), strict=True
             ):
                 parameter.grad = part.view_as(parameter)
 
         return backward
+
+
+def conflicting(batch: Batch) -> Batch:
+    """The batch with targets that pull the tasks apart in turn, so that the methods have conflicts to resolve."""
+    pull = torch.where(batch.group % 2 == 0, 2.0, -1.0).view(-1, 1, 1, 1)
+    return dataclasses.replace(batch, noise=batch.noise + pull)
 
 
 def reference_aggregators(num_tasks: int) -> dict[str, aggregation.Aggregator]:
@@ -140,7 +150,6 @@ def prepared(trainee: Trainee, method: str) -> Steps:
     backward["reference"] = trainee.reference(method)
     gradients = {}
     for way, run in backward.items():
-        torch.manual_seed(0)
         run()
         gradients[way] = torch.cat([p.grad.flatten() for p in trainee.parameters if p.grad is not None])
         trainee.optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ from lightning_modules.seeding import seeded_global
 
 SUMS = frozenset({"pcgrad", "gradvac", "config"})
 """Methods that give the sum of the tasks' gradients where none conflict; the others give their mean, or less."""
+_USUAL_TRACES = (1e-2, 1e4)
 _MATRIX_METHODS = frozenset({"nash_mtl", "config"})
 
 
@@ -53,8 +54,14 @@ class GramianWeights:
             entropy: Integers that PCGrad's and GradVac's random orders follow from.
         """
         exact = gramian.detach().to("cpu", torch.float64)
+        size = float(exact.trace())
+        # The solvers have tolerances of absolute size, which must not decide about gradients that are small, or large.
+        scale = 1.0 if _USUAL_TRACES[0] < size < _USUAL_TRACES[1] or size == 0 else size
+        exact = exact / scale
         with torch.no_grad(), seeded_global(*entropy):
             weights = self._from_rows(exact) if self.method in _MATRIX_METHODS else self._solver(exact)
+        if self.method == "nash_mtl":  # of the methods the only one whose weights depend on the gradients' size
+            weights = weights / scale**0.5
         return (weights / self.num_tasks if self.method in SUMS else weights).to(gramian.device)
 
     def _from_rows(self, gramian: Tensor) -> Tensor:

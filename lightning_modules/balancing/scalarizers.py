@@ -49,11 +49,28 @@ class LossScalarizer(nn.Module):
             losses: The tasks' losses (K,), averaged over processes.
             entropy: Integers that random weights follow from.
         """
-        leaf = losses.detach().float().requires_grad_()
+        # On the CPU random weights are drawn from a generator that can be seeded without others noticing.
+        place = torch.device("cpu") if self.method == "random_weights" else losses.device
+        leaf = losses.detach().float().to(place).requires_grad_()
+        self._follow(place)
         with torch.enable_grad(), seeded_global(*entropy):
             value = self._hidden[0](leaf / self.num_tasks if self.method in SUMS else leaf)
+            if self.method == "stch":  # its weights add up to 1 / K, those of other means to 1
+                value = value * self.num_tasks
             (weights,) = torch.autograd.grad(value, leaf, retain_graph=self.method in LEARNED)
-        return value if self.method in LEARNED else value.detach(), weights.detach()
+        kept = value if self.method in LEARNED else value.detach()
+        return kept.to(losses.device), weights.detach().to(losses.device)
+
+    def _follow(self, device: torch.device) -> None:
+        """Moves what DWA and FAMO remember outside of buffers to where the losses are."""
+        scalarizer = self._hidden[0]
+        if self.method == "dwa":
+            total = scalarizer._loss_sum
+            scalarizer._loss_sum = None if total is None else total.to(device)
+            scalarizer._previous_averages = [average.to(device) for average in scalarizer._previous_averages]
+        elif self.method == "famo" and scalarizer._optimizer is not None:
+            for state in scalarizer._optimizer.state.values():
+                state |= {name: value.to(device) for name, value in state.items() if name.startswith("exp_avg")}
 
     def after_step(self, step: int, losses: Any) -> None:
         """Learns from what a step did.
@@ -65,7 +82,9 @@ class LossScalarizer(nn.Module):
         """
         scalarizer = self._hidden[0]
         if self.method == "famo":
-            scalarizer.update(losses().float())
+            after = losses().float()
+            if bool(after.isfinite().all()):
+                scalarizer.update(after)
         elif self.method == "dwa" and step % self.window_steps == 0:
             scalarizer.step()
 
@@ -87,14 +106,14 @@ class LossScalarizer(nn.Module):
             }
         return {}
 
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on from what `state` gave."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave; where it is on another device, it follows at the first use."""
         scalarizer = self._hidden[0]
         if self.method == "dwa":
             total = state["sum"]
-            scalarizer._loss_sum = None if total is None else total.to(device)
+            scalarizer._loss_sum = total
             scalarizer._n_batches = state["batches"]
-            scalarizer._previous_averages = [average.to(device) for average in state["averages"]]
+            scalarizer._previous_averages = list(state["averages"])
         elif self.method == "famo":
             with torch.no_grad():
                 scalarizer._w.copy_(state["logits"])

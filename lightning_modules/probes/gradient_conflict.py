@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_modules.balancing.balancer import Request
 from lightning_modules.denoiser import DenoiserModule
 from lightning_modules.errors import UserInputError
 from lightning_modules.gradients import Gramian, GramianRecorder, split_tasks
@@ -67,6 +68,7 @@ class GradientConflictProbe(pl.Callback):
         self._recorder: GramianRecorder | None = None
         self._gramian: Gramian | None = None
         self._shares = False  # whether the balancer measures in this step, and not a recorder of ours
+        self._task_scale = torch.ones(0)
         self._group = torch.zeros(0)
         self._step = 0
         self._verifies = verify
@@ -115,16 +117,16 @@ class GradientConflictProbe(pl.Callback):
             )
         self._step = trainer.global_step + 1
         self._group = group
-        first = batch_idx % trainer.accumulate_grad_batches == 0
-        if pl_module.balancer.measures(trainer.global_step, first):  # it records this step itself, for us too
-            pl_module.gramian_halves = self.halves
+        self._task_scale = self._scale(pl_module)  # of this step: samplers learn from it
+        if pl_module.balancing.method != "none":  # what is back-propagated is weighted: the balancer measures for us
+            pl_module.gramian_request = Request(self.halves, self.processes)
             self._shares = True
             return
         self._recorder = GramianRecorder(
             pl_module.backbone,
             group,
             num_groups,
-            scale=self._scale(pl_module, trainer.accumulate_grad_batches / loss_scale(trainer)),
+            scale=self._task_scale * (trainer.accumulate_grad_batches / loss_scale(trainer)),
             processes=self.processes,
         )
         self._recorder.__enter__()
@@ -136,7 +138,7 @@ class GradientConflictProbe(pl.Callback):
             recorder.__exit__(None, None, None)
             self._gramian = self._verified(trainer, pl_module, recorder.result())
         elif self._shares and pl_module.balancer.gramian is not None:
-            gramian, scale = pl_module.balancer.gramian, self._scale(pl_module, 1.0)
+            gramian, scale = pl_module.balancer.gramian, self._task_scale
             scaled = dataclasses.replace(gramian, values=gramian.values * scale[:, None] * scale)
             self._gramian = self._verified(trainer, pl_module, scaled)
 
@@ -168,7 +170,7 @@ class GradientConflictProbe(pl.Callback):
 
     def _stop(self, module: DenoiserModule) -> None:
         if self._shares:
-            module.gramian_halves, self._shares = 1, False
+            module.gramian_request, self._shares = None, False
         if self._recorder is not None:
             self._recorder.__exit__(None, None, None)
             self._recorder = None
@@ -183,9 +185,9 @@ class GradientConflictProbe(pl.Callback):
             self._wrong = {layer for layer, error in deviations(gramian, expected).items() if error > tolerance}
         return without_layers(gramian, self._wrong, trained_parameters(module.backbone)) if self._wrong else gramian
 
-    def _scale(self, module: DenoiserModule, factor: float) -> Tensor:
-        """Factors (G,): ``factor``, over the tasks' importance that training multiplies the losses by."""
-        scale = torch.full((module.intervals.num_intervals,), factor, dtype=torch.float64)
+    def _scale(self, module: DenoiserModule) -> Tensor:
+        """Factors (G,): 1 over the tasks' importance that training multiplies the losses by."""
+        scale = torch.ones(module.intervals.num_intervals, dtype=torch.float64)
         if module.weighs_samples:
             scale /= module.sampler.interval_importance()
         return scale.repeat_interleave(self.halves).to(module.device)

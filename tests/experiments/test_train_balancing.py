@@ -41,7 +41,7 @@ def test_a_run_is_named_by_its_method_and_keeps_the_tasks_weights(config, settin
     if balanced:
         assert run["task_weight"]["weight_step"].values.tolist() == [5, 10]
         assert run["task_weight"].isel(weight_step=-1).values == pytest.approx(sorted_by_label(stored))
-    assert "gramian" in run
+    assert run["coverage"].values.tolist() == [1.0]
     module = load_denoiser(last(stored))
     assert module.method == method
 
@@ -78,6 +78,9 @@ def test_a_resumed_run_has_the_weights_of_an_unbroken_one(capfd):
         ([f"{MODEL}.sampler.name=gradient_noise", "--gradient_conflict.every_n_steps=0"], "every_n_steps"),
         ([f"{MODEL}.sampler.name=gradient_noise", "--gradient_conflict.halves=1"], "halves"),
         ([f"{MODEL}.sampler.name=important"], "important"),
+        ([f"{MODEL}.balancing.method=uw", f"{MODEL}.intervals.num_intervals=1"], "two tasks"),
+        ([f"{MODEL}.balancing.method=uw", "--data.init_args.batch_size=4"], "batch of 4 .*0.5 of the rarest of 8"),
+        ([f"{MODEL}.balancing.method=uw", f"{MODEL}.sampler.name=log_normal"], "'log_normal' has only .* rarest"),
         ([f"{MODEL}.sampler={{name: speed, speed_tau: 2000}}"], "speed_tau"),
         ([f"{MODEL}.loss_weight={{name: speed, speed_lambda: 2}}"], "speed_lambda"),
         ([f"{MODEL}.intervals.sampling=uniform"], "sampling"),

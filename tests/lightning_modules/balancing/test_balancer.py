@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lightning_modules.balancing.balancer import Situation, build_balancer
+from lightning_modules.balancing.balancer import Request, Situation
+from lightning_modules.balancing.build import build_balancer
 from lightning_modules.balancing.config import GRADIENT_METHODS, LOSS_METHODS, BalancingConfig
+from lightning_modules.errors import UserInputError
 from tests.lightning_modules.balancing.problem import (
     ENTROPY,
     TASK,
@@ -90,7 +92,7 @@ def test_a_probes_halves_and_a_scaler_change_nothing_but_what_is_measured(mode, 
     model, problem = network(), Problem()
     jacobian = problem.jacobian(model)
     balancer = make("pcgrad", mode)
-    balanced_step(balancer, model, problem, scale=scale, halves=2)
+    balanced_step(balancer, model, problem, scale=scale, request=Request(halves=2))
     expected = torchjd_gradient("pcgrad", jacobian)
     assert (gradient(model) / scale - expected).abs().max() <= 1e-8 * expected.abs().max()
     halves = balancer.gramian
@@ -170,6 +172,89 @@ def test_a_loss_method_is_its_weighted_sum_of_gradients(method):
     value, weights = balancer.scalarizer(own.detach(), *ENTROPY)
     torch.testing.assert_close(loss.detach().float(), value.detach())
     torch.testing.assert_close(balancer.weights, weights * K)
+
+
+@pytest.mark.parametrize("method", ["uw", "famo", "mgda", "none"])
+def test_a_request_is_answered_with_the_plain_gradients_whatever_the_weights(method):
+    """Also in steps in which a gradient method keeps its weights, and where a task's weight is zero."""
+    model, problem, balancer = network(), Problem(), make(method, every_n_steps=2)
+    jacobian = problem.jacobian(model)
+    balanced_step(balancer, model, problem)
+    if method != "none":
+        assert not torch.equal(balancer.weights, torch.ones(K))
+    if method == "mgda":
+        balancer.weights[0] = 0
+    balanced_step(balancer, model, problem, step=1, request=Request(halves=2), scale=8.0)
+    assert balancer.gramian.coverage == 1
+    torch.testing.assert_close(balancer.gramian.total().view(K, 2, K, 2).mean((1, 3)), jacobian @ jacobian.T)
+    expected = balancer.weights.double() / K @ jacobian
+    torch.testing.assert_close(gradient(model) / 8, expected, rtol=1e-5, atol=1e-9)
+    balanced_step(balancer, model, problem, step=3)
+    assert balancer.gramian is None
+
+
+@pytest.mark.parametrize("method", LOSS_METHODS)
+def test_a_task_without_samples_counts_with_the_loss_it_had_last(method):
+    model, problem, balancer = network(), Problem(), make(method)
+    lacking = Problem(torch.where(TASK == 2, 1, TASK))
+    balanced_step(balancer, model, lacking)
+    assert torch.equal(balancer.weights, torch.ones(K)), "never seen: plain training"
+    balanced_step(balancer, model, problem)
+    balancer.after_step(1, lambda: problem.losses(model).detach())
+    known = problem.losses(model).view(K, -1).mean(1).detach()
+    balanced_step(balancer, model, lacking)
+    losses = balancer.task_losses(lacking.losses(model).detach(), lacking.task)
+    losses[2] = known[2]
+    torch.testing.assert_close(balancer.weights, balancer.scalarizer(losses, *ENTROPY)[1] * K)
+    balancer.after_step(2, lambda: lacking.losses(model).detach())
+    balanced_step(balancer, model, problem)
+    assert balancer.weights.isfinite().all()
+
+
+def test_overflow_leaves_famo_as_it_was():
+    model, problem, balancer = network(), Problem(), make("famo")
+    balanced_step(balancer, model, problem)
+    before = balancer.state()["method"]["logits"].clone()
+    balancer.after_step(1, lambda: torch.full((16,), torch.inf))
+    infinite = Problem()
+    infinite.target[0] = float("inf")
+    balanced_step(balancer, model, infinite)
+    balancer.after_step(2, lambda: infinite.losses(model).detach())
+    assert torch.equal(balancer.state()["method"]["logits"], before)
+
+
+def test_gradients_are_kept_once_all_are_known_to_be_split():
+    model, problem, balancer = network(), Problem(), make("mgda")
+    passes = []
+    model.final_layer.register_full_backward_hook(lambda *_: passes.append(1))
+    for step in range(3):
+        balanced_step(balancer, model, problem, step=step)
+    assert len(passes) == 2 + 1 + 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "keep"])
+def test_gradients_that_cannot_be_split_are_not_kept(mode):
+    """Samples are put in another order: a second pass is right whatever is split, keeping is not."""
+
+    class Shuffling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x, t, y):
+            order = torch.arange(len(x)).flip(0)
+            hidden = self.inner(x, t, y)
+            return hidden[order][order]
+
+    model, problem, balancer = Shuffling(), Problem(), make("mgda", mode)
+    if mode == "keep":
+        with pytest.raises(UserInputError, match="second_pass"):
+            balanced_step(balancer, model, problem)
+        return
+    for step in range(2):
+        balanced_step(balancer, model, problem, step=step)
+        assert not balancer.keeps_gradients
+        torch.testing.assert_close(gradient(model), balancer.weights / K @ problem.jacobian(model))
 
 
 def test_learned_weights_get_their_gradients():

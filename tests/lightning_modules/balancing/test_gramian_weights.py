@@ -184,9 +184,18 @@ def _length(gradient: torch.Tensor, other: torch.Tensor, cosine: float) -> float
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_weights_are_finite_for_dependent_and_tiny_gradients(method, scale):
+def test_weights_are_finite_for_dependent_gradients_of_any_size(method, scale):
     jacobian = scale * torch.cat([CONFLICT, CONFLICT[:1] + CONFLICT[1:2], CONFLICT[:1]])
     assert combined(method, jacobian).isfinite().all()
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e5])
+def test_the_gradients_size_decides_about_the_steps_size_alone(method, scale):
+    """TorchJD's solvers have tolerances of absolute size; small gradients must not end in no step, or the plain one."""
+    ordinary, scaled = combined(method, CONFLICT, 3), combined(method, scale * CONFLICT, 3)
+    expected = ordinary if method == "nash_mtl" else scale * ordinary  # Nash-MTL's step is of its bound's length
+    torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from lightning_modules.balancing.balancer import build_balancer
+from lightning_modules.balancing.build import build_balancer
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig
 from lightning_modules.objective import BALANCING_STREAM

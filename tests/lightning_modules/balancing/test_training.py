@@ -119,27 +119,29 @@ def test_accumulated_batches_share_the_weights_of_the_first(make_denoiser, fit, 
     assert not torch.equal(weights[1], weights[2])
 
 
-@pytest.mark.parametrize("mode", ["keep", "second_pass"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_probe_shares_the_measurement(make_denoiser, writer, fit, tmp_path, mode, accumulate):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "mgda", "gradients": "keep"},
+        {"method": "mgda", "gradients": "second_pass", "every_n_steps": 3},
+        {"method": "uw"},
+    ],
+    ids=["keep", "kept weights", "losses"],
+)
+def test_a_probe_shares_the_measurement(make_denoiser, writer, fit, tmp_path, settings, accumulate):
     """It writes what it would write without balancing, and training is what it would be without the probe."""
-    config = {"balancing": BalancingConfig(method="pcgrad", gradients=mode), "intervals": UNEVEN}
-    settings = {"steps": 4, "batch_size": 24, "precision": "64-true", "accumulate_grad_batches": accumulate}
+    config = {"balancing": BalancingConfig(**settings), "intervals": UNEVEN}
+    training = {"steps": 4, "batch_size": 24, "precision": "64-true", "accumulate_grad_batches": accumulate}
     probed, alone = make_denoiser(**config), make_denoiser(**config)
-    probe = CheckedProbe(tmp_path / "seen", 1e-10, every_n_steps=2, halves=2)
-    fit(probed, probe, **settings)
-    fit(alone, **settings)
+    probe = CheckedProbe(tmp_path / "seen", 1e-10, every_n_steps=2, halves=2)  # also that coverage is 1
+    fit(probed, probe, **training)
+    fit(alone, **training)
     assert (tmp_path / "seen").read_text().split() == ["2", "0", "4", "0"]
+    assert (probed.balancer.weights - 1).abs().max() > 0.1
     for (name, p), q in zip(probed.state_dict().items(), alone.state_dict().values(), strict=True):
         assert torch.allclose(p, q, rtol=1e-9, atol=1e-11), name
-    assert probed.gramian_halves == 1
-
-
-def test_a_probe_measures_by_itself_where_weights_are_kept(make_denoiser, writer, fit, tmp_path):
-    module = make_denoiser(balancing=BalancingConfig(method="pcgrad", every_n_steps=3))
-    probe = CheckedProbe(tmp_path / "seen", 1e-10, every_n_steps=1, halves=2)
-    fit(module, probe, steps=4, batch_size=16, precision="64-true")
-    assert (tmp_path / "seen").read_text().split() == ["1", "0", "2", "0", "3", "0", "4", "0"]
+    assert probed.gramian_request is None
 
 
 @pytest.mark.parametrize("method", ["uw", "dwa", "famo", "gradvac", "nash_mtl", "pcgrad"])

@@ -137,7 +137,35 @@ def _facts(
         seeds=sorted(set(frame["seed"].tolist())),
         gaps=[*gaps, *differing],
         samples=_samples(of_runs),
+        gradient_norms=_gradient_norms(uri, frame),
+        clipped_at=_clipped_at(of_runs[0]),
     )
+
+
+def _gradient_norms(uri: str, frame: pd.DataFrame) -> dict[tuple[str, str], list[float]]:
+    from analysis.grid import OPTIMISATION, ROUTING
+    from lightning_modules.tracking.store import mlflow_client
+
+    client = mlflow_client(uri)
+    found: dict[tuple[str, str], list[float]] = {}
+    for run, *cell in frame[["run", ROUTING, OPTIMISATION]].itertuples(index=False):
+        history = client.get_metric_history(run, "optim/grad_norm")
+        found.setdefault((str(cell[0]), str(cell[1])), []).extend(point.value for point in history)
+    return {cell: norms for cell, norms in found.items() if norms}
+
+
+def _clipped_at(run: Run) -> float | None:
+    """The bound on the gradient's norm in a run's configuration."""
+    import mlflow
+    import yaml
+
+    try:
+        config = yaml.safe_load(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{records.CONFIG_PATH}"))
+    except (mlflow.exceptions.MlflowException, OSError):  # not every run has one
+        return None
+    trainer = config.get("trainer", {})
+    by_norm = trainer.get("gradient_clip_algorithm") in (None, "norm")
+    return trainer.get("gradient_clip_val") if by_norm else None
 
 
 def _logged_runs(uri: str, experiment: str, comparison: str) -> list[Run]:

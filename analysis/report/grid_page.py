@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -74,6 +74,8 @@ class GridFacts:
         seeds: Every seed of the grid.
         gaps: Sentences about cells and runs that are missing, failed, or unlike the others.
         samples: What the measures of samples are, in sentences; empty where there are none.
+        gradient_norms: Logged norms of the gradient before clipping, by routing and optimisation.
+        clipped_at: The trainer's bound on that norm, if it has one.
     """
 
     title: str
@@ -85,6 +87,8 @@ class GridFacts:
     seeds: Sequence[int]
     gaps: Sequence[str]
     samples: str
+    gradient_norms: Mapping[tuple[str, str], Sequence[float]] = dataclasses.field(default_factory=dict)
+    clipped_at: float | None = None
 
 
 def render_results(frame: pd.DataFrame, facts: GridFacts, figures: Sequence[ReportFigure], folder: str) -> str:
@@ -121,7 +125,8 @@ def render_results(frame: pd.DataFrame, facts: GridFacts, figures: Sequence[Repo
         for quantity in measured:
             parts += [f"{FIDELITY_WORDS[quantity].capitalize()}:", cells_table(frame, quantity)]
         parts.append(shown.get("grid_fidelity", ""))
-    parts += ["## Training", shown.get("grid_curves", ""), shown.get("task_weights", ""), *_cost_section(frame)]
+    parts += ["## Training", shown.get("grid_curves", ""), shown.get("task_weights", "")]
+    parts += [*_gradient_section(frame, facts), *_cost_section(frame)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -238,6 +243,30 @@ def _fidelity_sentences(frame: pd.DataFrame, measured: Sequence[str]) -> list[st
         return []
     said = grid_sentences(frame, "frechet_pixels", "Fréchet distance of samples to real images (pixels)")
     return ["The same of the samples:", _bullets(said)]
+
+
+def _gradient_section(frame: pd.DataFrame, facts: GridFacts) -> list[str]:
+    """Median norm of the gradient in each cell, and how often it was clipped; nothing where it was not logged."""
+    if not facts.gradient_norms:
+        return []
+    routings, optimisations = grid_axes(frame)
+    rows = [[method_name(each), *(_norms(facts, routing, each) for routing in routings)] for each in optimisations]
+    text = "Norm of the combined gradient, median over logged steps and seeds."
+    if facts.clipped_at is not None:
+        text = (
+            f"Norm of the combined gradient before it is clipped at {facts.clipped_at:g}, median over logged steps and "
+            "seeds, and the share of them that were clipped. A method whose gradients are large is clipped in most "
+            "steps: it is then compared with gradients of one length, and that is part of what is compared here."
+        )
+    return [text, markdown_table(["", *map(method_name, routings)], rows)]
+
+
+def _norms(facts: GridFacts, routing: str, optimisation: str) -> str:
+    norms = np.asarray(facts.gradient_norms.get((routing, optimisation), ()), dtype=float)
+    if not norms.size:
+        return GAP
+    text = f"{np.median(norms):.2g}"
+    return text if facts.clipped_at is None else f"{text} ({(norms > facts.clipped_at).mean():.0%})"
 
 
 def _cost_section(frame: pd.DataFrame) -> list[str]:

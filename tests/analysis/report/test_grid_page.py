@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import re
@@ -147,3 +148,14 @@ def test_numbers():
     assert decimals_for(pd.Series([0.1595, np.nan, 0.01])) == 4
     assert decimals_for(pd.Series([12345.0])) == 0
     assert markdown_table(["", "a|b"], [["x", "1"]]) == "|  | a\\|b |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_how_often_gradients_were_clipped_is_told_by_cell(frame):
+    norms = {("plain", "uniform"): [0.5, 2.0, 0.4, 0.6], ("dtr", "min_snr"): [3.0, 5.0]}
+    page = render_results(frame, dataclasses.replace(FACTS, gradient_norms=norms, clipped_at=1.0), [], "figures")
+    assert "before it is clipped at 1," in page
+    assert "| Uniform | 0.55 (25%) | – |" in page
+    assert "| Min-SNR | – | 4 (100%) |" in page
+    unclipped = render_results(frame, dataclasses.replace(FACTS, gradient_norms=norms), [], "figures")
+    assert "| Uniform | 0.55 | – |" in unclipped
+    assert "Norm of the combined gradient" not in render_results(frame, FACTS, [], "figures")

@@ -103,6 +103,7 @@ def reference_method(methods: Iterable[str]) -> str:
 def _rank(method: str) -> tuple[_Rank, _Rank, str]:
     routing, optimisation = split_method(method)
     first, *variants = routing.split("+")
+    first = BASELINE if first == PLAIN else first
     parts = optimisation.split("+") if optimisation else []
     kind = _places([first], ROUTING_NAMES) + _places(variants, VARIANT_NAMES)
     return kind, _places(parts, OPTIMISATION_NAMES), method

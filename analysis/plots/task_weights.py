@@ -8,6 +8,9 @@ from matplotlib.axes import Axes
 
 from analysis.plots.style import axes_or_new
 
+_SPREAD = 4.0
+"""Ratio of the largest to the smallest weight from which on the axis is logarithmic."""
+
 
 def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None = None) -> Axes:
     """Draws the weight of every task over steps, one line per task, from low noise (dark) to high (light).
@@ -15,7 +18,7 @@ def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None
     Args:
         weights: (weight_step, task) with coordinate ``interval``; 1 is plain training.
         title: Of the panel.
-        ax: Where to draw. The axis is logarithmic where all weights are positive.
+        ax: Where to draw. The axis is logarithmic where all weights are positive and differ by much.
     """
     ax = axes_or_new(ax)
     names = weights["interval"].values
@@ -23,7 +26,8 @@ def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None
         values = weights.isel(task=task).values
         ax.plot(weights["weight_step"], values, color=colour, linewidth=1.2, label=str(names[task]))
     ax.axhline(1.0, color="#4d4d4d", linewidth=0.8, linestyle="--")
-    if bool((weights.values > 0).all()):
+    low, high = float(weights.min()), float(weights.max())
+    if low > 0 and high / low > _SPREAD:
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="step", ylabel="weight (1: plain training)", title=title)

@@ -22,6 +22,7 @@ def test_a_line_per_task_and_a_logarithmic_axis_for_positive_weights():
     ax = plot_task_weights(run("baseline+uw", [[1, 2], [0.5, 4]])["task_weight"], title="UW")
     assert [line.get_ydata().tolist() for line in ax.lines[:2]] == [[1, 0.5], [2, 4]]
     assert ax.get_yscale() == "log"
+    assert plot_task_weights(run("x", [[1, 2], [1, 1.5]])["task_weight"]).get_yscale() == "linear"
     assert ax.get_title() == "UW"
     assert plot_task_weights(run("x", [[1, -2], [0.5, 4]])["task_weight"]).get_yscale() == "linear"
 

@@ -112,7 +112,7 @@ def test_a_sweep_killed_midway_goes_on_and_doubles_nothing(tmp_path, checks_here
 def test_a_failing_cell_stops_no_other_and_the_table_is_made_all_the_same(checks_here, results, capsys):
     crash = {"class_path": "tests.experiments.crash.CrashAt", "init_args": {"step": 2}}
     axes = {"kind": {"breaks": {"trainer.callbacks": [crash]}, "random": ROUTED}}
-    path = written(changed(GRID, axes=axes))
+    path = written(changed(GRID, axes=axes, samples=20))
     assert main(["sweep", f"--config={path}", "--seeds", "4", "--results=out"]) == 1
     said = capsys.readouterr()
     assert "breaks-seed4 failed; the end of runs/sweeps/tiny/logs/breaks-seed4.log:" in said.err
@@ -133,6 +133,8 @@ def test_a_failing_cell_stops_no_other_and_the_table_is_made_all_the_same(checks
         "axes": {"kind": ["breaks", "random"]},
         "out": Path("out"),
         "command": "dtr-lab sweep --config sweep.yaml --seeds 4",
+        "run_dir": Path("runs"),
+        "samples": 20,
     }
 
     assert main(["sweep", f"--config={path}", "--seeds=4", "--only", "ran*"]) == 0

@@ -116,6 +116,8 @@ def test_the_files_that_come_along_are_read(name):
         ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
         ({"seeds": [0, 1, 0]}, "seeds must differ from one another"),
         ({"seeded": "routing.seed"}, "seeded must be a list of settings"),
+        ({"samples": -1}, "samples must be 0, for none, or how many"),
+        ({"samples": "many"}, "samples must be 0, for none, or how many"),
     ],
 )
 def test_a_wrong_grid_is_refused(changes, message):

@@ -75,7 +75,12 @@ def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
         KeyError, TypeError: If they are not a denoiser's.
         UserInputError: If a value is out of range.
     """
-    parts = {
+    return {**stored, **{name: dataclasses.asdict(part) for name, part in _parts(stored).items()}}
+
+
+def _parts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a denoiser that settings in a checkpoint describe, by the names of its arguments."""
+    kinds = {
         "diffusion": DiffusionConfig,
         "loss_weight": LossWeightConfig,
         "intervals": IntervalConfig,
@@ -85,13 +90,13 @@ def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
         "validation": ValidationConfig,
         **({"routing": MaskConfig} if "routing" in stored else {}),
     }
-    stored = dict(stored)
-    sampling = stored["intervals"].get("sampling")  # where the sampler's name was, when there were two
+    settings = dict(stored)
+    sampling = settings["intervals"].get("sampling")  # where the sampler's name was, when there were two
     if sampling is not None:
-        stored["intervals"] = {key: value for key, value in stored["intervals"].items() if key != "sampling"}
-        stored["sampler"] = {"name": sampling}
-    made = {name: dataclasses.asdict(kind(**stored.get(name, {}))) for name, kind in parts.items()}
-    return {**stored, **made, "backbone": dataclasses.asdict(backbone_config(stored["backbone"]))}
+        settings["intervals"] = {key: value for key, value in settings["intervals"].items() if key != "sampling"}
+        settings["sampler"] = {"name": sampling}
+    parts = {name: kind(**settings.get(name, {})) for name, kind in kinds.items()}
+    return {"backbone": backbone_config(settings["backbone"]), **parts}
 
 
 def load_denoiser(path: str | Path) -> DenoiserModule:
@@ -102,23 +107,9 @@ def load_denoiser(path: str | Path) -> DenoiserModule:
     """
     checkpoint = read_checkpoint(path)
     try:
-        settings = completed_settings(checkpoint["hyper_parameters"])
-        arguments: dict[str, Any] = {
-            "backbone": backbone_config(settings["backbone"]),
-            "diffusion": DiffusionConfig(**settings["diffusion"]),
-            "loss_weight": LossWeightConfig(**settings["loss_weight"]),
-            "intervals": IntervalConfig(**settings["intervals"]),
-            "sampler": SamplerConfig(**settings["sampler"]),
-            "balancing": BalancingConfig(**settings["balancing"]),
-            "optimization": OptimizationConfig(**settings["optimization"]),
-            "validation": ValidationConfig(**settings["validation"]),
-            "seed": settings["seed"],
-        }
-        module: DenoiserModule
-        if "routing" in settings:
-            module = DTRModule(routing=MaskConfig(**settings["routing"]), **arguments)
-        else:
-            module = BaselineModule(**arguments)
+        stored = checkpoint["hyper_parameters"]
+        kind = DTRModule if "routing" in stored else BaselineModule
+        module: DenoiserModule = kind(**_parts(stored), seed=stored["seed"])
         module.load_state_dict(checkpoint["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserInputError(f"checkpoint {path} does not fit this version of DTR Lab: {error}") from error

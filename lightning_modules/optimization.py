@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_modules.config import OptimizationConfig
+from lightning_modules.gradients.gramian import trained_parameters
 
 
 def build_optimizer(
@@ -22,9 +23,9 @@ def build_optimizer(
         extra: Further modules with trainable parameters, such as learned loss weights, and their learning rates, for
             training without weight decay and warm-up. Modules that have nothing to train are left out.
     """
-    groups: list[dict[str, Any]] = [{"params": _trained(model)}]
+    groups: list[dict[str, Any]] = [{"params": list(trained_parameters(model).values())}]
     for module, learning_rate in extra:
-        if trained := _trained(module):
+        if trained := list(trained_parameters(module).values()):
             groups.append({"params": trained, "lr": learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
         groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
@@ -41,7 +42,3 @@ def build_optimizer(
 
 def _constant(step: int) -> float:  # noqa: ARG001
     return 1.0
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 from torchjd import aggregation
 
+from experiments.benchmarks.gramian.__main__ import progress
 from experiments.benchmarks.gramian.workloads import Batch, Workload, dit
 from lightning_modules.balancing.balancer import Situation
 from lightning_modules.balancing.build import build_balancer
@@ -252,23 +252,20 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.error("every K must divide --batch, and --rounds must be at least 1")
     warnings.filterwarnings("ignore")
     workload = dit(options.width, options.depth, options.batch, options.input_size)
+    log = progress()
     rows: list[dict[str, Any]] = []
     alone: list[float] = []
     for K in options.K:
         trainee = Trainee(workload, K)
         compared = []
         for method in options.methods:
-            _log(f"K = {K}: comparing gradients of {method}")
+            log(f"K = {K}: comparing gradients of {method}")
             compared.append(prepared(trainee, method))
-        alone += run_rounds(trainee, compared, options.rounds, _log)
+        alone += run_rounds(trainee, compared, options.rounds, log)
         rows += rows_of(compared)
-    _log("done\n")
+    log("done")
     result = {"rows": rows, "plain_ratio": statistics.median(alone), "plain_range": [min(alone), max(alone)]}
     print(json.dumps(result) if options.json else table(rows))
-
-
-def _log(text: str) -> None:
-    print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

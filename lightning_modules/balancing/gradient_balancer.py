@@ -13,7 +13,7 @@ from lightning_modules.balancing.balancer import Balancer, Situation, ToLoss, av
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.balancing.gramian_weights import GramianWeights
 from lightning_modules.errors import UserInputError
-from lightning_modules.gradients.gramian import Gramian
+from lightning_modules.gradients.gramian import Gramian, trained_parameters
 from lightning_modules.gradients.separate import GivenGradient, RowCollector, SeparateRecorder
 
 
@@ -45,7 +45,7 @@ class GradientBalancer(Balancer):
                 yield to_loss
             return
         halves = 1 if situation.request is None else situation.request.halves
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = list(trained_parameters(model).values())
         keeps = self.keeps_gradients and self._trusted
         rows = RowCollector(parameters, self.num_tasks, halves) if keeps else None
         recorder = self._recorder(model, situation, halves, self.config.processes, rows)

@@ -38,9 +38,8 @@ class LossScalarizer(nn.Module):
         scalarizer = _scalarizer(config, num_tasks)
         if self.method in LEARNED:
             self.learned = scalarizer
-        self._hidden: tuple[Any] = (
-            scalarizer,
-        )  # a tuple hides it: FAMO's own weights are no business of our optimizer or of DDP
+        # A tuple hides it: what FAMO learns by itself is no business of our optimizer, or of distributed training.
+        self._hidden: tuple[Any] = (scalarizer,)
 
     def forward(self, losses: Tensor, *entropy: int) -> tuple[Tensor, Tensor]:
         """The number that is minimised, with a graph to the learned weights, and the weights (K,), without one.
@@ -110,8 +109,7 @@ class LossScalarizer(nn.Module):
         """Goes on from what `state` gave; where it is on another device, it follows at the first use."""
         scalarizer = self._hidden[0]
         if self.method == "dwa":
-            total = state["sum"]
-            scalarizer._loss_sum = total
+            scalarizer._loss_sum = state["sum"]
             scalarizer._n_batches = state["batches"]
             scalarizer._previous_averages = list(state["averages"])
         elif self.method == "famo":

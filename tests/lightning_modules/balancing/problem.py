@@ -85,3 +85,15 @@ def torchjd_gradient(method: str, jacobian: Tensor, aggregator: aggregation.Aggr
 def gradient(model: nn.Module) -> Tensor:
     """``.grad`` of all trained parameters, (P,)."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def training_jacobian(trainer, module, batch, batch_idx) -> tuple[Tensor, Tensor]:
+    """Task losses (K,) of a training batch, and their gradients (K, P) by the backbone, one at a time."""
+    with trainer.precision_plugin.forward_context():
+        drawn, losses = module.step_losses(batch, batch_idx)
+        weighted = losses.loss * module.importance(drawn.t)
+    task, K = module.intervals.task_of(drawn.t), module.intervals.num_intervals
+    parameters = [p for p in module.backbone.parameters() if p.requires_grad]
+    losses = torch.stack([weighted[task == k].sum() * K / len(task) for k in range(K)])
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return losses.detach(), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])

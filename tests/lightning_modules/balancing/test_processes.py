@@ -11,6 +11,7 @@ from lightning_modules.balancing.build import build_balancer
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.config import IntervalConfig
 from lightning_modules.objective import BALANCING_STREAM
+from tests.lightning_modules.balancing.problem import training_jacobian
 
 
 class WholeBatch(pl.Callback):
@@ -24,15 +25,7 @@ class WholeBatch(pl.Callback):
         self.seen = seen
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        with trainer.precision_plugin.forward_context():
-            drawn, losses = pl_module.step_losses(batch, batch_idx)
-            weighted = losses.loss * pl_module.importance(drawn.t)
-        task, K = pl_module.intervals.task_of(drawn.t), pl_module.intervals.num_intervals
-        parameters = [p for p in pl_module.backbone.parameters() if p.requires_grad]
-        losses = torch.stack([weighted[task == k].sum() * K / len(task) for k in range(K)])
-        rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
-        self.jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-        self.losses = losses.detach()
+        self.losses, self.jacobian = training_jacobian(trainer, pl_module, batch, batch_idx)
         self.gramian = self.jacobian @ self.jacobian.T
         for tensor in (self.jacobian, self.losses, self.gramian):
             dist.all_reduce(tensor)

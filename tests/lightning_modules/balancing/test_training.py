@@ -14,6 +14,7 @@ from lightning_modules.probes.gradient_conflict import GradientConflictProbe
 from lightning_modules.probes.task_weight import TaskWeightProbe
 from lightning_modules.seeding import seeded_global
 from lightning_modules.tracking.records import TABLES, TASK_WEIGHT
+from tests.lightning_modules.balancing.problem import training_jacobian
 from tests.lightning_modules.probes.checked_probe import CheckedProbe
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
@@ -44,18 +45,9 @@ class Oracle(pl.Callback):
         self.expected = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        with trainer.precision_plugin.forward_context():
-            drawn, losses = pl_module.step_losses(batch, batch_idx)
-            weighted = losses.loss * pl_module.importance(drawn.t)
-        task, K = pl_module.intervals.task_of(drawn.t), pl_module.intervals.num_intervals
-        parameters = [p for p in pl_module.backbone.parameters() if p.requires_grad]
-        rows = [
-            torch.autograd.grad(weighted[task == k].sum() * K / len(task), parameters, retain_graph=True)
-            for k in range(K)
-        ]
-        jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        _, jacobian = training_jacobian(trainer, pl_module, batch, batch_idx)
         with seeded_global(pl_module.seed, BALANCING_STREAM, batch_idx):
-            self.expected.append(aggregation.PCGrad()(jacobian) / K)
+            self.expected.append(aggregation.PCGrad()(jacobian) / len(jacobian))
 
 
 @pytest.mark.parametrize("mode", ["keep", "second_pass"])

@@ -54,7 +54,6 @@ OPTIMISATION_NAMES = {
 }
 """Parts of a tag that belong to the optimisation, in the order in which they are listed."""
 _PART_NAMES = {**ROUTING_NAMES, **VARIANT_NAMES, **OPTIMISATION_NAMES, PLAIN: "Plain", UNIFORM: "Uniform"}
-_SPELLINGS = {part.replace("_", ""): part for part in _PART_NAMES}
 _Rank = tuple[tuple[int, str], ...]
 
 
@@ -73,9 +72,9 @@ class MethodParts(NamedTuple):
 def split_method(method: str) -> MethodParts:
     """Which parts of a tag are routing, which optimisation; a part of unknown name is optimisation.
 
-    Understands the choices of a sweep, too: "dtr_per_block" is "dtr+per_block", and "nashmtl" is "nash_mtl".
+    Understands the choices of a sweep, too: "dtr_per_block" is "dtr+per_block".
     """
-    first, *parts = [_SPELLINGS.get(part.lower().replace("_", ""), part) for part in method.split("+")]
+    first, *parts = method.split("+")
     kind, _, variant = first.partition("_")
     if kind in ROUTING_NAMES and variant in VARIANT_NAMES:
         first, parts = kind, [variant, *parts]

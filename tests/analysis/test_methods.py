@@ -21,7 +21,7 @@ from analysis.methods import OPTIMISATION_NAMES, method_name, ordered, reference
         ("plain", "Plain"),
         ("uniform", "Uniform"),
         ("min_snr+upgrad", "Min-SNR + UPGrad"),
-        ("nashmtl", "Nash-MTL"),
+        ("nash_mtl", "Nash-MTL"),
         ("dtr_per_block", "DTR per block"),
         ("disjoint", "disjoint"),
     ],

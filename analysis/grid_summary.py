@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -86,21 +87,32 @@ def _terms_sentence(effects: pd.DataFrame, words: str) -> str:
 
 def _average_sentence(by_seed: pd.DataFrame, routing: str, plain: str) -> str:
     """The effect of a routing averaged over all optimisations: what the grid tells best."""
-    interval, over = _averaged(by_seed, "routing", routing)
-    if over < 2 or interval.count < 2:
+    average = _averaged(by_seed, "routing", routing)
+    if average.over < 2 or average.interval.count < 2:
         return ""
     return (
-        f"Averaged over {over} optimisations, {_name(routing)} minus {_name(plain)} is {_span(interval)}"
-        f"{_certainty(interval)}."
+        f"Averaged over {average.over} optimisations{average.without}, {_name(routing)} minus {_name(plain)} is "
+        f"{_span(average.interval)}{_certainty(average.interval)}."
     )
 
 
-def _averaged(by_seed: pd.DataFrame, effect: Effect, routing: str) -> tuple[Interval, int]:
-    """Mean of an effect over optimisations, one value per seed that all of them have; and over how many of these."""
+class _Average(NamedTuple):
+    """Mean of an effect over optimisations, over how many of them, and in words those that it is without."""
+
+    interval: Interval
+    over: int
+    without: str
+
+
+def _averaged(by_seed: pd.DataFrame, effect: Effect, routing: str) -> _Average:
+    """One value per seed that all optimisations have; one under which a run diverged is left out, and named."""
     own = by_seed[(by_seed["effect"] == effect) & (by_seed[ROUTING] == routing)]
-    table = own.pivot(index="seed", columns=OPTIMISATION, values="value")
-    table = table.dropna(axis="columns", how="all").dropna()
-    return mean_interval(table.mean(axis=1).to_numpy(dtype=float)), table.shape[1]
+    diverged = set(own.loc[~np.isfinite(own["value"].astype(float)), OPTIMISATION])
+    kept = own[~own[OPTIMISATION].isin(diverged)]
+    table = kept.pivot(index="seed", columns=OPTIMISATION, values="value").dropna()
+    names = ", ".join(_name(str(each)) for each in own[OPTIMISATION].unique() if each in diverged)
+    without = f" (without {names}, where runs diverged)" if names else ""
+    return _Average(mean_interval(table.mean(axis=1).to_numpy(dtype=float)), table.shape[1], without)
 
 
 def _sides_sentence(effects: pd.DataFrame, effect: Effect, routing: str, against: str) -> str:
@@ -138,9 +150,12 @@ def _interaction_sentence(effects: pd.DataFrame, by_seed: pd.DataFrame, routing:
             f", and open in {len(tested) - len(found)} (intervals of up to ±{widest:.2g}): there, neither that they "
             "add up nor that one replaces the other is shown"
         )
-    interval, over = _averaged(by_seed, "interaction", routing)
-    if over > 1 and interval.count > 1:
-        text += f". On average over them it moves by {_span(interval)}{_certainty(interval)}"
+    average = _averaged(by_seed, "interaction", routing)
+    if average.over > 1 and average.interval.count > 1:
+        text += (
+            f". On average over {average.over} of them{average.without} it moves by {_span(average.interval)}"
+            f"{_certainty(average.interval)}"
+        )
     return f"{text}."
 
 

@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 
 from analysis.axes import CURVE_COLUMNS, add_axes
 from analysis.reading.shards import read_manifest
-from analysis.reading.store import explained, locate_store
+from analysis.reading.store import explained, locate_store, logged_runs
 from analysis.reading.telemetry import read_telemetry
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
@@ -141,19 +141,7 @@ def _search(
     client: MlflowClient, experiment: Experiment, comparison: str | None, kind: str, missing_ok: bool
 ) -> list[Run]:
     """All runs of a kind in the experiment, newest first, or those of one comparison."""
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id],
-            filter_string=f"tags.`{records.TAG_KIND}` = '{kind}'",
-            order_by=["attributes.start_time DESC"],
-            page_token=token,
-        )
-        runs.extend(page)
-        token = page.token
-        if not token:
-            break
+    runs = logged_runs(client, experiment.experiment_id, kind=kind)[::-1]
     if not runs and missing_ok:
         return []
     if not runs:

@@ -41,11 +41,12 @@ def find_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> s
     Raises:
         UserInputError: If no run of the experiment belongs to that comparison.
     """
+    from analysis.reading.store import logged_runs
     from lightning_modules.tracking.store import mlflow_client
 
     client = mlflow_client(tracking_uri)
     known = client.get_experiment_by_name(experiment)
-    runs = [] if known is None else client.search_runs([known.experiment_id], max_results=5000)
+    runs = [] if known is None else logged_runs(client, known.experiment_id)
     tags = {tag for run in runs if (tag := run.data.tags.get(records.TAG_COMPARISON))}
     if known is None or comparison not in tags:
         raise UserInputError(
@@ -56,11 +57,8 @@ def find_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> s
 
 
 def _parent(client: MlflowClient, experiment_id: str, comparison: str) -> str | None:
-    # The id is compared here, not in the filter: it may hold quotes.
-    parents = client.search_runs(
-        [experiment_id], filter_string=f"tags.`{records.TAG_KIND}` = '{records.KIND_COMPARISON}'"
-    )
-    for parent in parents:
-        if parent.data.tags.get(records.TAG_COMPARISON) == comparison:
-            return parent.info.run_id
-    return None
+    """The newest one."""
+    from analysis.reading.store import logged_runs
+
+    parents = logged_runs(client, experiment_id, kind=records.KIND_COMPARISON, comparison=comparison)
+    return parents[-1].info.run_id if parents else None

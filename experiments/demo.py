@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measurements(uri: str, comparison: str, out: Path, args: argparse.Namespace) -> list[Training]:
     """A `dtr-lab affinity` for the last checkpoint of every run, small enough for a demo."""
+    from analysis.reading.store import logged_runs
     from experiments.trainings import Training
     from lightning_modules.tracking import records
     from lightning_modules.tracking.store import mlflow_client
@@ -96,7 +97,7 @@ def _measurements(uri: str, comparison: str, out: Path, args: argparse.Namespace
     client = mlflow_client(uri)
     found = client.get_experiment_by_name(EXPERIMENT)
     assert found is not None  # the trainings have just logged to it
-    runs = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"])
+    runs = logged_runs(client, found.experiment_id, kind=records.KIND_TRAINING, comparison=comparison)
     options = ["--progress=lines", f"--tracking-uri={uri}", f"--out={args.run_dir / 'affinity'}", *_SHORT]
     return [
         Training(
@@ -106,8 +107,6 @@ def _measurements(uri: str, comparison: str, out: Path, args: argparse.Namespace
             command="affinity",
         )
         for run in runs
-        if run.data.tags.get(records.TAG_COMPARISON) == comparison
-        and run.data.tags.get(records.TAG_KIND) == records.KIND_TRAINING
     ]
 
 

@@ -119,7 +119,7 @@ def _facts(
     from analysis.summary import comparability
 
     experiment, comparison = runs[0].attrs["experiment"], runs[0].attrs["comparison"]
-    logged = _logged_runs(uri, experiment, comparison)
+    logged = _trainings(uri, experiment, comparison)
     own = {run.attrs["run_id"] for run in runs}
     of_runs = [run for run in logged if run.info.run_id in own]
     commits = Counter(tag for run in of_runs if (tag := run.data.tags.get(records.TAG_GIT_COMMIT)))
@@ -168,16 +168,15 @@ def _clipped_at(run: Run) -> float | None:
     return trainer.get("gradient_clip_val") if by_norm else None
 
 
-def _logged_runs(uri: str, experiment: str, comparison: str) -> list[Run]:
+def _trainings(uri: str, experiment: str, comparison: str) -> list[Run]:
     """All training runs of the comparison in MLflow, also those that did not finish."""
+    from analysis.reading.store import logged_runs
     from lightning_modules.tracking.store import mlflow_client
 
     client = mlflow_client(uri)
     known = client.get_experiment_by_name(experiment)
     assert known is not None  # its runs have been loaded
-    kind = f"tags.`{records.TAG_KIND}` = '{records.KIND_TRAINING}'"
-    found = client.search_runs([known.experiment_id], filter_string=kind, max_results=5000)
-    return [run for run in found if run.data.tags.get(records.TAG_COMPARISON) == comparison]
+    return logged_runs(client, known.experiment_id, kind=records.KIND_TRAINING, comparison=comparison)
 
 
 def _missing(frame: pd.DataFrame, logged: Sequence[Run]) -> list[str]:

@@ -145,15 +145,12 @@ def measure_comparison(
 
 def _finished_runs(client: MlflowClient, experiment: str, comparison: str) -> list[tuple[str, str, str]]:
     """Id, name and `TAG_FIDELITY` (empty if not all was measured) of each finished training of a comparison."""
+    from analysis.reading.store import logged_runs
+
     known = client.get_experiment_by_name(experiment)
     if known is None:
         raise UserInputError(f"no experiment {experiment!r} in this store: --experiment names one")
-    runs = client.search_runs(
-        [known.experiment_id],
-        filter_string=f"tags.`{records.TAG_KIND}` = '{records.KIND_TRAINING}'",
-        max_results=5000,
-        order_by=["attributes.start_time ASC"],
-    )
+    runs = logged_runs(client, known.experiment_id, kind=records.KIND_TRAINING)
     own = [run for run in runs if run.data.tags.get(records.TAG_COMPARISON) == comparison]
     if not own:
         others = ", ".join(sorted({run.data.tags.get(records.TAG_COMPARISON, "") for run in runs} - {""}))

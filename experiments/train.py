@@ -196,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains; the exit status is 0 when training finished, 130 when it was interrupted."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     quieten()
-    cli = _configure(argv)
+    cli = configure(argv)
     logger = cli.trainer.logger
     assert isinstance(logger, TrackingLogger)
     check_fit(cli.model, cli.datamodule, cli.trainer)
@@ -222,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _configure(argv: Sequence[str]) -> TrainCLI:
+def configure(argv: Sequence[str]) -> TrainCLI:
     """Parses the command line and builds model, data and trainer.
 
     Raises:

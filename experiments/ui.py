@@ -108,7 +108,9 @@ def _find_experiment(client: MlflowClient, store: str, name: str | None) -> tupl
 
 def _pages(client: MlflowClient, experiment_id: str, experiment: str, comparison: str | None) -> dict[str, str]:
     """Links without their base, by what they show."""
-    runs = client.search_runs([experiment_id], order_by=["attributes.start_time DESC"], max_results=5000)
+    from analysis.reading.store import logged_runs
+
+    runs = logged_runs(client, experiment_id)[::-1]  # the newest first
     known = list(dict.fromkeys(tag for run in runs if (tag := run.data.tags.get(TAG_COMPARISON))))
     if comparison == LATEST and known:
         comparison = known[0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_modules.seeding import seeded_generator
 
-# Other than the streams of training: 0, 1 and 2, see `denoiser`.
+# Other than the streams of training: see `objective`.
 _FEATURE_STREAM = 3
 
 

@@ -1,4 +1,4 @@
-"""Which MLflow store `analysis` reads, and what to say if it cannot be read."""
+"""Which MLflow store `analysis` reads, what to say if it cannot be read, and which runs an experiment there has."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from mlflow.exceptions import MlflowException
 
 from lightning_modules.errors import UserInputError
+from lightning_modules.tracking import records
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _CONNECT_TIMEOUT_SECONDS = 5.0
 
@@ -62,3 +68,31 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise UserInputError(f"cannot read the MLflow store {uri}: {error.message}") from error
+
+
+def logged_runs(
+    client: MlflowClient, experiment_id: str, *, kind: str | None = None, comparison: str | None = None
+) -> list[Run]:
+    """All runs of an experiment that are not deleted, whatever became of them, the oldest first.
+
+    Args:
+        client: Of the store.
+        experiment_id: MLflow's.
+        kind: Only runs with this tag `records.TAG_KIND`.
+        comparison: Only runs with this tag `records.TAG_COMPARISON`.
+    """
+    runs: list[Run] = []
+    token = None
+    while True:  # a page has a thousand runs
+        page = client.search_runs(
+            [experiment_id],
+            filter_string="" if kind is None else f"tags.`{records.TAG_KIND}` = '{kind}'",
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        runs.extend(page)
+        token = page.token
+        if not token:
+            break
+    # Not by the filter: a comparison's name may hold quotes.
+    return [run for run in runs if comparison is None or run.data.tags.get(records.TAG_COMPARISON) == comparison]

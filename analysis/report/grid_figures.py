@@ -27,23 +27,17 @@ from analysis.plots.grid import grid_height, plot_grid, plot_grid_effects, routi
 from analysis.report.grid_words import FIDELITY_WORDS, LOSS_WORDS
 from analysis.report.panels import ReportFigure, keep_outer_axes, panels
 
-_EFFECTS: dict[Effect, tuple[str, str, str]] = {
-    "routing": (
-        "grid_routing_effects",
-        "What routing changes",
-        "Each routed network minus the plain one trained with the same optimisation and seed",
-    ),
-    "optimisation": (
-        "grid_optimisation_effects",
-        "What the optimisation changes",
-        "Each optimisation minus the uniform one with the same routing and seed",
-    ),
-    "interaction": (
-        "grid_interactions",
-        "Do routing and optimisation add up?",
-        "Routed minus plain with an optimisation, minus the same with the uniform one, of the same seed: at zero what "
-        "the two change adds up, below it they lower the loss more together than in sum, above it less",
-    ),
+EFFECT_FIGURES: dict[Effect, tuple[str, str]] = {
+    "routing": ("grid_routing_effects", "What routing changes"),
+    "optimisation": ("grid_optimisation_effects", "What the optimisation changes"),
+    "interaction": ("grid_interactions", "Do routing and optimisation add up?"),
+}
+"""Name and title of the figure of each kind of difference."""
+_CAPTIONS: dict[Effect, str] = {
+    "routing": "Each routed network minus the plain one trained with the same optimisation and seed",
+    "optimisation": "Each optimisation minus the uniform one with the same routing and seed",
+    "interaction": "Routed minus plain with an optimisation, minus the same with the uniform one, of the same seed: at "
+    "zero what the two change adds up, below it they lower the loss more together than in sum, above it less",
 }
 _READING = (
     "Small dots are seeds, large ones their mean with a 95 % interval (Student's, from ten seeds on by resampling). "
@@ -60,7 +54,7 @@ def grid_figures(frame: pd.DataFrame, curves: pd.DataFrame) -> list[ReportFigure
         frame: `grid.grid_frame`.
         curves: `frames.curves_frame` of the same runs.
     """
-    made = [loss_figure(frame), *(effects_figure(frame, effect) for effect in _EFFECTS), fidelity_figure(frame)]
+    made = [loss_figure(frame), *(effects_figure(frame, effect) for effect in EFFECT_FIGURES), fidelity_figure(frame)]
     return [figure for figure in [*made, curves_figure(frame, curves)] if figure is not None]
 
 
@@ -92,7 +86,7 @@ def fidelity_figure(frame: pd.DataFrame) -> ReportFigure | None:
 
 def effects_figure(frame: pd.DataFrame, effect: Effect) -> ReportFigure | None:
     """One kind of difference of all cells, in the three losses; None if there is none."""
-    name, title, words = _EFFECTS[effect]
+    name, title = EFFECT_FIGURES[effect]
     routings, optimisations = grid_axes(frame)
     first = base_choice(routings, PLAIN), base_choice(optimisations, UNIFORM)
     found = {quantity: seed_effects(frame, quantity) for quantity in LOSSES}
@@ -121,7 +115,7 @@ def effects_figure(frame: pd.DataFrame, effect: Effect) -> ReportFigure | None:
     return ReportFigure(
         name,
         title,
-        f"{words}. {better}{_READING}A star: significant at a false discovery rate of 5 % over all "
+        f"{_CAPTIONS[effect]}. {better}{_READING}A star: significant at a false discovery rate of 5 % over all "
         "comparisons of the grid in this loss, with at least three seeds.",
         figure,
     )

@@ -23,6 +23,7 @@ from analysis.grid import (
 )
 from analysis.grid_summary import grid_sentences, grid_warnings
 from analysis.methods import PLAIN, UNIFORM, method_name
+from analysis.report.grid_figures import EFFECT_FIGURES
 from analysis.report.grid_words import (
     FIDELITY_WORDS,
     GAP,
@@ -35,27 +36,13 @@ from analysis.report.grid_words import (
 from analysis.report.panels import ReportFigure
 from analysis.uncertainty import FEW_SEEDS
 
-_EFFECT_WORDS: dict[Effect, tuple[str, str]] = {
-    "routing": (
-        "What routing changes",
-        "Final validation loss of each routed network minus that of {plain} with the same optimisation and seed; mean "
-        "over seeds with its 95 % interval, below zero is better.",
-    ),
-    "optimisation": (
-        "What the optimisation changes",
-        "Final validation loss with each optimisation minus that with {uniform}, of the same routing and seed; mean "
-        "over seeds with its 95 % interval, below zero is better.",
-    ),
-    "interaction": (
-        "Do they add up?",
-        "Routed minus {plain} with an optimisation, minus the same difference with {uniform}, of the same seed: zero "
-        "where what the two change adds up, below zero where they lower the loss more together than in sum.",
-    ),
-}
-_EFFECT_FIGURES: dict[Effect, str] = {
-    "routing": "grid_routing_effects",
-    "optimisation": "grid_optimisation_effects",
-    "interaction": "grid_interactions",
+_EFFECT_NOTES: dict[Effect, str] = {
+    "routing": "Final validation loss of each routed network minus that of {plain} with the same optimisation and "
+    "seed; mean over seeds with its 95 % interval, below zero is better.",
+    "optimisation": "Final validation loss with each optimisation minus that with {uniform}, of the same routing and "
+    "seed; mean over seeds with its 95 % interval, below zero is better.",
+    "interaction": "Routed minus {plain} with an optimisation, minus the same difference with {uniform}, of the same "
+    "seed: zero where what the two change adds up, below zero where they lower the loss more together than in sum.",
 }
 _COMMITS = 3
 
@@ -115,7 +102,7 @@ def render_results(frame: pd.DataFrame, facts: GridFacts, figures: Sequence[Repo
         "What it does not show:",
         _bullets(_limits(frame, facts, measured)),
     ]
-    for effect, figure in _EFFECT_FIGURES.items():
+    for effect, (figure, _) in EFFECT_FIGURES.items():
         parts += [*effect_section(frame, effect), shown.get(figure, "")]
     parts += ["## Low and high noise"]
     for quantity in LOSSES[1:]:
@@ -156,18 +143,21 @@ def effect_section(frame: pd.DataFrame, effect: Effect) -> list[str]:
     own = effects[effects["effect"] == effect]
     if own.empty:
         return []
-    title, words = _EFFECT_WORDS[effect]
     columns = [routing for routing in routings if effect == "optimisation" or routing != plain]
     lines = [each for each in optimisations if effect == "routing" or each != usual]
     found = {(str(row[OPTIMISATION]), str(row[ROUTING])): row for _, row in own.iterrows()}
     rows = [[method_name(each), *(_effect(found.get((each, routing))) for routing in columns)] for each in lines]
     suffix = {"routing": f" − {method_name(plain)}", "optimisation": f": row − {method_name(usual)}", "interaction": ""}
+    words = _EFFECT_NOTES[effect].format(plain=method_name(plain), uniform=method_name(usual))
     note = (
-        f"{words.format(plain=method_name(plain), uniform=method_name(usual))} A star: significant at a false "
-        f"discovery rate of 5 % over the {effects['p_value'].notna().sum()} comparisons of this grid, with at least "
-        "three seeds."
+        f"{words} A star: significant at a false discovery rate of 5 % over the "
+        f"{effects['p_value'].notna().sum()} comparisons of this grid, with at least three seeds."
     )
-    return [f"## {title}", note, markdown_table(["", *(method_name(c) + suffix[effect] for c in columns)], rows)]
+    return [
+        f"## {EFFECT_FIGURES[effect][1]}",
+        note,
+        markdown_table(["", *(method_name(c) + suffix[effect] for c in columns)], rows),
+    ]
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

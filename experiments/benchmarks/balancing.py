@@ -33,7 +33,7 @@ from experiments.benchmarks.gramian.workloads import Batch, Workload, dit
 from lightning_modules.balancing.balancer import Situation
 from lightning_modules.balancing.build import build_balancer
 from lightning_modules.balancing.config import GRADIENT_METHODS, BalancingConfig
-from lightning_modules.balancing.gramian_weights import SUMS
+from lightning_modules.balancing.gramian_weights import SUMS_OF_GRADIENTS
 from lightning_modules.seeding import seeded_global
 
 WAYS = ("keep", "second_pass")
@@ -110,7 +110,7 @@ class Trainee:
                 rows = torch.autograd.grad(loss, self.parameters, retain_graph=index + 1 < K)
                 torch.cat([row.flatten() for row in rows], out=jacobian[index])
             with seeded_global(*_ENTROPY):
-                combined = aggregator(jacobian) / (K if method in SUMS else 1)
+                combined = aggregator(jacobian) / (K if method in SUMS_OF_GRADIENTS else 1)
             for parameter, part in zip(
                 self.parameters, combined.split([p.numel() for p in self.parameters]), strict=True
             ):

@@ -112,10 +112,10 @@ class _Checker:
 
     def cell(self, command: list[str]) -> dict[str, Any]:
         """The whole configuration, or why it is refused."""
-        from experiments.train import _configure, check_fit
+        from experiments.train import check_fit, configure
 
         try:
-            cli = _configure(command)
+            cli = configure(command)
             configuration = yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=False))
             # One data module for all cells that have the same: a folder with a million images is listed once.
             data = self.data.setdefault(digest(configuration["data"]), cli.datamodule)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from analysis.reading.store import logged_runs
 from experiments.sweeping.cells import Place
 from experiments.sweeping.spec import Sweep
 from lightning_modules.errors import UserInputError
@@ -56,19 +57,8 @@ def known_runs(sweep: Sweep, uri: str) -> list[KnownRun]:
     experiment = client.get_experiment_by_name(sweep.experiment)
     if experiment is None:
         return []
-    found: list[KnownRun] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id],
-            filter_string=f"tags.`{records.TAG_COMPARISON}` = '{sweep.name}'",
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        found += [_known(run) for run in page if records.TAG_CELL in run.data.tags]
-        token = page.token
-        if not token:
-            return found
+    runs = logged_runs(client, experiment.experiment_id, comparison=sweep.name)
+    return [_known(run) for run in runs if records.TAG_CELL in run.data.tags]
 
 
 def up_to_date(sweep: Sweep, place: Place) -> list[KnownRun]:

@@ -17,7 +17,7 @@ from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.errors import UserInputError
 from lightning_modules.seeding import seeded_global
 
-SUMS = frozenset({"pcgrad", "gradvac", "config"})
+SUMS_OF_GRADIENTS = frozenset({"pcgrad", "gradvac", "config"})
 """Methods that give the sum of the tasks' gradients where none conflict; the others give their mean, or less."""
 _USUAL_TRACES = (1e-2, 1e4)
 _MATRIX_METHODS = frozenset({"nash_mtl", "config"})
@@ -62,7 +62,7 @@ class GramianWeights:
             weights = self._from_rows(exact) if self.method in _MATRIX_METHODS else self._solver(exact)
         if self.method == "nash_mtl":  # of the methods the only one whose weights depend on the gradients' size
             weights = weights / scale**0.5
-        return (weights / self.num_tasks if self.method in SUMS else weights).to(gramian.device)
+        return (weights / self.num_tasks if self.method in SUMS_OF_GRADIENTS else weights).to(gramian.device)
 
     def _from_rows(self, gramian: Tensor) -> Tensor:
         """The weights of a method that asks for a Jacobian: any with this Gramian will do, also a square one."""

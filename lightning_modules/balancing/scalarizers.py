@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_modules.balancing.config import BalancingConfig
 from lightning_modules.seeding import seeded_global
 
-SUMS = frozenset({"uw", "imtl_l", "dwa"})
+SUMS_OF_LOSSES = frozenset({"uw", "imtl_l", "dwa"})
 """Methods that add up the tasks' losses. They are given L_k / K, as in ANT, so that unit weights are the plain loss."""
 LEARNED = frozenset({"uw", "imtl_l"})
 """Methods whose weights are learned by the optimizer, together with the model."""
@@ -53,7 +53,7 @@ class LossScalarizer(nn.Module):
         leaf = losses.detach().float().to(place).requires_grad_()
         self._follow(place)
         with torch.enable_grad(), seeded_global(*entropy):
-            value = self._hidden[0](leaf / self.num_tasks if self.method in SUMS else leaf)
+            value = self._hidden[0](leaf / self.num_tasks if self.method in SUMS_OF_LOSSES else leaf)
             if self.method == "stch":  # its weights add up to 1 / K, those of other means to 1
                 value = value * self.num_tasks
             (weights,) = torch.autograd.grad(value, leaf, retain_graph=self.method in LEARNED)

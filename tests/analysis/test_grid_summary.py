@@ -92,6 +92,22 @@ def test_gaps_and_divergence_are_named():
     assert one(sentences, "Random routing against").endswith("none lower, none higher, 2 of 2 open.")
 
 
+def test_an_average_is_without_the_optimisation_under_which_a_run_diverged_and_says_so():
+    rng = np.random.default_rng(1)
+    frame = noise_grid(rng, 4, {("dtr", "pcgrad"): 1e6})
+    one_diverged = frame["val_loss"].mask(
+        (frame["routing"] == "dtr") & (frame["optimisation"] == "pcgrad") & (frame["seed"] == 2)
+    )
+    sentences = said(frame.assign(val_loss=one_diverged))
+    two = said(frame[frame["optimisation"] != "pcgrad"])
+    with_words = "Averaged over 2 optimisations (without PCGrad, where runs diverged), DTR minus Plain is "
+    assert one(sentences, with_words).removeprefix(with_words) == one(
+        two, "Averaged over 2 optimisations, DTR"
+    ).removeprefix("Averaged over 2 optimisations, DTR minus Plain is ")
+    assert one(sentences, "Averaged over 3 optimisations, Random routing minus Plain")
+    assert "On average over" not in one(sentences, "Do they add up? DTR")
+
+
 @pytest.mark.parametrize("quantity", ["val_loss", "frechet_pixels"])
 def test_a_quantity_is_called_what_it_is(quantity):
     frame = true_grid(-1.0, -2.0, -3.0).assign(frechet_pixels=lambda table: table["val_loss"])

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from experiments.__main__ import main
 from experiments.sweep import _ends_as_by_ctrl_c
 from experiments.sweeping import checking
-from experiments.train import _configure
+from experiments.train import configure
 from lightning_modules.tracking import records
 from tests.experiments.sweeping.helpers import GRID, ROUTED, SEARCH, TINY, changed, written
 
@@ -179,7 +179,7 @@ def test_a_search_ends_with_the_best_and_goes_on_when_more_is_asked(checks_here,
     assert Path("runs/sweeps/search.db").is_file()
     command = shlex.split(said.split("Train it:\n")[1].splitlines()[0])
     assert command[:2] == ["dtr-lab", "train"]
-    model = _configure(command[2:]).model
+    model = configure(command[2:]).model
     assert model.optimization.learning_rate == settings["optimization"]["learning_rate"]
     assert model.loss_weight.name == settings["loss_weight"]["name"]
 

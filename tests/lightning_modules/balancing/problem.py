@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchjd import aggregation
 
 from lightning_modules.backbones.dit import DiT, DiTConfig
-from lightning_modules.balancing.gramian_weights import SUMS
+from lightning_modules.balancing.gramian_weights import SUMS_OF_GRADIENTS
 from lightning_modules.seeding import seeded_global
 from tests.lightning_modules.gradients.support import shaken
 
@@ -79,7 +79,7 @@ def torchjd_gradient(method: str, jacobian: Tensor, aggregator: aggregation.Aggr
     """What TorchJD makes of the Jacobian, (P,); of sums the mean, as ours."""
     with seeded_global(*ENTROPY):
         combined = (aggregator or aggregators()[method])(jacobian)
-    return combined / K if method in SUMS else combined
+    return combined / K if method in SUMS_OF_GRADIENTS else combined
 
 
 def gradient(model: nn.Module) -> Tensor:

@@ -179,11 +179,10 @@ def _area_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
     _, interval = area_difference(curves, VAL_LOSS, method, reference)
     if not np.isfinite(interval.low):
         return ""
-    resolved = "" if interval.excludes_zero and interval.count >= ENOUGH_TO_CLAIM else ", not resolved"
     return (
         f"Averaged over training, as far as both were measured, the loss of {method_name(method)} is "
         f"{abs(interval.estimate):.3g} {_side(interval)} than that of {method_name(reference)} "
-        f"[{interval.low:+.3g}, {interval.high:+.3g}]{resolved}."
+        f"[{interval.low:+.3g}, {interval.high:+.3g}]{_unresolved(interval)}."
     )
 
 
@@ -193,8 +192,9 @@ def _parts_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
         interval = paired_difference(curves, metric, method, reference)[1]
         if interval.count < 2 or not np.isfinite(interval.estimate):
             return ""
-        resolved = "" if interval.excludes_zero and interval.count >= ENOUGH_TO_CLAIM else ", not resolved"
-        parts.append(f"{interval.estimate:+.3g} at {words} [{interval.low:+.3g}, {interval.high:+.3g}]{resolved}")
+        parts.append(
+            f"{interval.estimate:+.3g} at {words} [{interval.low:+.3g}, {interval.high:+.3g}]{_unresolved(interval)}"
+        )
     return f"{method_name(method)} minus {method_name(reference)} by noise level: {'; '.join(parts)}."
 
 
@@ -219,11 +219,15 @@ def _intervals(labels: pd.Series) -> str:
 
 
 def _axes_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
-    """Says so if who is ahead at equal steps is not who is ahead at equal cost."""
+    """Says so if who is ahead at equal steps is not who is ahead at equal cost, and one of the two is resolved."""
     known = known_axes(curves[curves["metric"] == VAL_LOSS])
     found = {axis: paired_difference(curves, VAL_LOSS, method, reference, axis=axis)[1] for axis in known}
     at_steps = found.pop("step")
-    turned = {axis: each for axis, each in found.items() if each.estimate * at_steps.estimate < 0}
+    turned = {
+        axis: each
+        for axis, each in found.items()
+        if each.estimate * at_steps.estimate < 0 and (_is_resolved(at_steps) or _is_resolved(each))
+    }
     if not turned:
         return ""
     name, base = method_name(method), method_name(reference)
@@ -235,6 +239,16 @@ def _axes_sentence(curves: pd.DataFrame, method: str, reference: str) -> str:
 
 
 def _span(interval: Interval) -> str:
-    resolved = "" if interval.excludes_zero and interval.count >= ENOUGH_TO_CLAIM else ", not resolved"
     ends = f" [{interval.low:+.3g}, {interval.high:+.3g}]" if np.isfinite(interval.low) else ""
-    return f"{interval.estimate:+.3g}{ends}{resolved}"
+    return f"{interval.estimate:+.3g}{ends}{_unresolved(interval)}"
+
+
+def _is_resolved(interval: Interval) -> bool:
+    return interval.excludes_zero and interval.count >= ENOUGH_TO_CLAIM
+
+
+def _unresolved(interval: Interval) -> str:
+    """What to say behind an interval that claims nothing, and why where the interval does not show it."""
+    if _is_resolved(interval):
+        return ""
+    return f", not resolved: {interval.count} seeds are too few" if interval.excludes_zero else ", not resolved"

@@ -57,6 +57,37 @@ def grid_sentences(
     return [sentence for sentence in said if sentence]
 
 
+def significant_sentence(frame: pd.DataFrame, quantity: str, words: str) -> str:
+    """Which differences of a part of the loss are significant, and on which side, in one sentence.
+
+    Args:
+        frame: `grid.grid_frame`.
+        quantity: One of its columns.
+        words: Which part that is, such as "at low noise".
+    """
+    routings, optimisations = grid_axes(frame)
+    plain, usual = base_choice(routings, PLAIN), base_choice(optimisations, UNIFORM)
+    effects = effect_intervals(seed_effects(frame, quantity))
+    tested = effects[effects["p_value"].notna()]
+    if tested.empty:
+        return _untested(f"final validation loss {words}")
+    rate = f"at a false discovery rate of {100 * FALSE_DISCOVERY_RATE:.0f} % over {len(tested)} comparisons"
+    seeds = int(tested["seeds"].min())
+    if not tested["significant"].any():
+        return f"No difference {words} is significant {rate}, with {seeds} seeds."
+    against: dict[Effect, str] = {"routing": plain, "optimisation": usual, "interaction": usual}
+    parts = []
+    for effect, base in against.items():
+        for routing in reversed(routings):  # as in `grid_sentences`
+            own = _sides(effects, effect, routing)
+            sides = {"lower": own.lower, "higher": own.higher}
+            found = [f"{_listed(choices)} {side}" for side, choices in sides.items() if len(choices)]
+            parts += [f"{_compared(effect, routing, base, plain)}: {', '.join(found)}"] * bool(found)
+    hint = f" ({seeds} seeds: a hint)" * (seeds < FIRM)
+    rest = "all others are open" if not tested["significant"].all() else "none is open"
+    return f"Significant {words}, {rate}{hint}: {'; '.join(parts)}; {rest}."
+
+
 def grid_warnings(frame: pd.DataFrame) -> list[str]:
     """What a reader must know about the seeds before believing a grid."""
     counts = frame.groupby([ROUTING, OPTIMISATION], observed=True)["seed"].nunique()
@@ -74,7 +105,7 @@ def _terms_sentence(effects: pd.DataFrame, words: str) -> str:
     """What the others are about, and when they call a difference resolved."""
     tested = effects[effects["p_value"].notna()]
     if tested.empty:
-        return f"No two cells have two seeds in common: nothing can be said about how their {words} differs."
+        return _untested(words)
     seeds = int(tested["seeds"].min())
     text = (
         f"All of this is about the {words}, differences paired by seed. Lower and higher are said of what is resolved, "
@@ -83,6 +114,10 @@ def _terms_sentence(effects: pd.DataFrame, words: str) -> str:
     if not tested["significant"].any():
         return f"{text}: none is, with {seeds} seeds."
     return f"{text}{f'; with {seeds} seeds take it as a hint' * (seeds < FIRM)}."
+
+
+def _untested(words: str) -> str:
+    return f"No two cells have two seeds in common: nothing can be said about how their {words} differs."
 
 
 def _average_sentence(by_seed: pd.DataFrame, routing: str, plain: str) -> str:
@@ -117,37 +152,60 @@ def _averaged(by_seed: pd.DataFrame, effect: Effect, routing: str) -> _Average:
 
 def _sides_sentence(effects: pd.DataFrame, effect: Effect, routing: str, against: str) -> str:
     """In how many cells of a routing something lowers or raises the quantity, and in how many that is open."""
+    own = _sides(effects, effect, routing)
+    if own.tested.empty:
+        return ""
+    what = _compared(effect, routing, against)
+    return (
+        f"{what[0].upper()}{what[1:]}: {_listed(own.lower)} lower, {_listed(own.higher)} higher, "
+        f"{own.open} of {len(own.tested)} open."
+    )
+
+
+class _Sides(NamedTuple):
+    """The effects of one kind and routing that were tested, and the optimisations that are resolved on each side."""
+
+    tested: pd.DataFrame
+    lower: pd.Series
+    higher: pd.Series
+
+    @property
+    def open(self) -> int:
+        return len(self.tested) - len(self.lower) - len(self.higher)
+
+
+def _sides(effects: pd.DataFrame, effect: Effect, routing: str) -> _Sides:
     own = effects[(effects["effect"] == effect) & (effects[ROUTING] == routing)]
     tested = own[own["p_value"].notna()]
-    if tested.empty:
-        return ""
     found = tested[tested["significant"]]
-    lower, higher = (found[side][OPTIMISATION] for side in (found["estimate"] < 0, found["estimate"] > 0))
-    what = f"{_name(routing)} against {_name(against)}" if effect == "routing" else ""
-    what = what or f"Optimisations against {_name(against)}, under {_name(routing)}"
-    return (
-        f"{what}: {_listed(lower)} lower, {_listed(higher)} higher, {len(tested) - len(found)} of {len(tested)} open."
-    )
+    return _Sides(tested, *(found[side][OPTIMISATION] for side in (found["estimate"] < 0, found["estimate"] > 0)))
+
+
+def _compared(effect: Effect, routing: str, against: str, plain: str = PLAIN) -> str:
+    """What is compared with what, as it stands within a sentence."""
+    if effect == "optimisation":
+        return f"optimisations against {_name(against)}, under {_name(routing)}"
+    if effect == "routing":
+        return f"{_name(routing)} against {_name(against)}"
+    return f"{_name(routing)} minus {_name(plain)}, against the same with {_name(against)}"
 
 
 def _interaction_sentence(effects: pd.DataFrame, by_seed: pd.DataFrame, routing: str, plain: str, usual: str) -> str:
     """Whether a routing changes as much with an optimisation as without."""
-    own = effects[(effects["effect"] == "interaction") & (effects[ROUTING] == routing)]
-    tested = own[own["p_value"].notna()]
+    own = _sides(effects, "interaction", routing)
+    tested = own.tested
     if tested.empty:
         return ""
-    found = tested[tested["significant"]]
-    more, less = (found[side][OPTIMISATION] for side in (found["estimate"] < 0, found["estimate"] > 0))
     alone = by_seed[(by_seed["effect"] == "routing") & (by_seed[ROUTING] == routing) & (by_seed[OPTIMISATION] == usual)]
     base = float(alone["value"].mean(skipna=False))
     text = (
         f"Do they add up? {_name(routing)} minus {_name(plain)} is {base:+.3g} with {_name(usual)}; with "
-        f"{_others(len(tested))} it is lower than that in {_listed(more)}, higher in {_listed(less)}"
+        f"{_others(len(tested))} it is lower than that in {_listed(own.lower)}, higher in {_listed(own.higher)}"
     )
-    if len(found) < len(tested):
+    if own.open:
         widest = float((tested["high"] - tested["low"]).max() / 2)
         text += (
-            f", and open in {len(tested) - len(found)} (intervals of up to ±{widest:.2g}): there, neither that they "
+            f", and open in {own.open} (intervals of up to ±{widest:.2g}): there, neither that they "
             "add up nor that one replaces the other is shown"
         )
     average = _averaged(by_seed, "interaction", routing)

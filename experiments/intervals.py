@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Clusters, and writes or prints."""
-    if args.num_intervals is not None and args.num_intervals < 1:
-        raise UserInputError(f"--num-intervals must be at least 1, got {args.num_intervals}")
+    if args.num_intervals is not None and args.num_intervals < 2:
+        raise UserInputError(f"--num-intervals must be at least 2, got {args.num_intervals}")
     if args.affinity is not None:
         if args.experiment is not None or args.runs is not None:
             raise UserInputError("--affinity names what was measured: leave out --experiment and --runs")

@@ -14,6 +14,13 @@ _NOISE = re.compile(
     r"|Import path \S+ does not correspond to a subclass of|Subclasses are disabled for"
 )
 _FIELDS = {config.__name__: {field.name for field in dataclasses.fields(config)} for config in (DiTConfig, UNetConfig)}
+_CURES = {
+    r"BaselineModule':\nunrecognized arguments: --routing": "routing belongs to DTRModule: set "
+    "model.class_path to DTRModule",
+    r"Unable to load config '\w+'": "a group of settings takes a YAML file or its settings one by one, as in "
+    "--model.init_args.balancing.method=uw",
+}
+"""What to add where the parser's words, as they match, name no cure."""
 _OTHER = {"DiTConfig": "UNetConfig", "UNetConfig": "DiTConfig"}
 
 
@@ -29,6 +36,7 @@ def plain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     kept = _of_one_backbone([line for line in lines if line and not _NOISE.match(line)])
+    kept += [cure for pattern, cure in _CURES.items() if re.search(pattern, "\n".join(kept))]
     return (
         "\n  ".join(kept)
         + "\n`dtr-lab train --help` lists the options, `--print_config` prints the whole configuration"

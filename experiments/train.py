@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from experiments.refusals import plain
+from experiments.sweeping.files import read_mapping
+from experiments.sweeping.settings import differences
 from lightning_modules.backbones.build import backbone_config
 from lightning_modules.checkpoint import StepCheckpoint, completed_settings, read_checkpoint
 from lightning_modules.data.digits import DigitsData
@@ -68,7 +73,10 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Checks the backbone's settings here, where the reason for a refusal is not lost among types tried."""
+        """Checks settings here, where the reason for a refusal is not lost among types tried."""
+        for name, value in self.config.model.init_args.as_dict().items():
+            if isinstance(value, list):
+                raise UserInputError(f"model.init_args.{name} must hold settings, KEY: VALUE, but is the list {value}")
         settings = self.config.model.init_args.backbone
         backbone_config(settings.get("init_args", settings).as_dict())
 
@@ -96,6 +104,10 @@ def check_fit(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None
     if trainer.max_steps < 1:
         raise UserInputError(
             f"trainer.max_steps must be at least 1, got {trainer.max_steps}: training has no other end"
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise UserInputError(
+            f"trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}"
         )
     config = module.backbone.config
     if config.input_size != data.image_size or config.in_channels != data.channels:
@@ -125,6 +137,8 @@ def _conflict_probes(trainer: Trainer) -> list[GradientConflictProbe]:
 def _check_balancing(module: DenoiserModule, data: ImageData, trainer: Trainer) -> None:
     """Multi-task methods need samples of all tasks, and measure for the probes."""
     method = module.balancing.method
+    for name in module.balancing.unused():
+        rank_zero_warn(f"balancing.{name} is set, but balancing.method {method} makes no use of it", stacklevel=3)
     if method == "none":
         return
     share = module.sampler.interval_importance()
@@ -134,7 +148,7 @@ def _check_balancing(module: DenoiserModule, data: ImageData, trainer: Trainer) 
     if fewest < 1:
         raise UserInputError(
             f"balancing.method {method} needs samples of every interval, but a batch of {batch} drawn by the sampler "
-            f"{module.sampler_config.name!r} has only {fewest:.2g} of the rarest of {module.intervals.num_intervals} "
+            f"{module.sampler_config.name!r} has only {fewest:.2f} of the rarest of {module.intervals.num_intervals} "
             "on average: raise data.batch_size, use fewer intervals, or another sampler"
         )
     others = [probe for probe in _conflict_probes(trainer) if probe.processes != module.balancing.processes]
@@ -178,13 +192,14 @@ def resume_run(path: str, cli: TrainCLI, logger: TrackingLogger) -> None:
     stored, asked = completed_settings(checkpoint["hyper_parameters"]), dict(cli.model.hparams)
     stored.update(checkpoint.get(RESUME_KEY, {}))
     asked.update(resume_settings(cli.trainer, cli.datamodule))
-    for part in sorted(stored.keys() | asked.keys()):
-        if stored.get(part) != asked.get(part):
-            raise UserInputError(
-                f"cannot resume from {path}: its {part} is {stored.get(part)}, the configuration's {asked.get(part)}. "
-                "Resume with the config.yaml that the run kept among its artifacts"
-            )
     state = tracking_state_in(checkpoint, path)
+    other = [part for part in sorted(stored.keys() | asked.keys()) if stored.get(part) != asked.get(part)]
+    if other:
+        before, now = ({part: settings.get(part) for part in other} for settings in (stored, asked))
+        raise UserInputError(
+            f"cannot resume from {path} with other settings: {differences(before, now)}. Undo the change, or take the "
+            f"config.yaml among the artifacts of run {state.run_id} in MLflow"
+        )
     if state.step >= cli.trainer.max_steps:
         raise UserInputError(
             f"nothing to resume: {path} is at step {state.step}, and trainer.max_steps is {cli.trainer.max_steps}"
@@ -228,6 +243,8 @@ def configure(argv: Sequence[str]) -> TrainCLI:
     Raises:
         UserInputError: Whatever is wrong with the configuration, in one message.
     """
+    for path in _config_files(argv):
+        read_mapping(path)
     try:
         return TrainCLI(
             DenoiserModule,
@@ -246,6 +263,13 @@ def configure(argv: Sequence[str]) -> TrainCLI:
         raise
     except (ArgumentError, ValueError, TypeError, AttributeError, ImportError, MisconfigurationException) as error:
         raise UserInputError(plain(error)) from error
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    """The configuration files on a command line; the parser's own complaints about their form do not name them."""
+    values = [after for option, after in itertools.pairwise(argv) if option == "--config"]
+    values += [option.removeprefix("--config=") for option in argv if option.startswith("--config=")]
+    return [path for path in map(Path, values) if path.is_file()]
 
 
 def quieten() -> None:

@@ -60,7 +60,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserInputError(f"no checkpoint at {path.absolute()}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except pickle.UnpicklingError as error:  # torch advises to load it unsafely, which nobody should
+        raise UserInputError(
+            f"{path} is not a checkpoint of DTR Lab: it is no file of torch.save, or holds more than tensors and plain "
+            "values"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserInputError(f"cannot read checkpoint {path}, it may be damaged or cut short: {first_line}") from error
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint or "state_dict" not in checkpoint:

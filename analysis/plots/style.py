@@ -89,9 +89,14 @@ def draw_legend(ax: Axes, loc: Literal["best", "upper center"] = "best", ncols: 
     ax.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8, loc=loc, ncols=ncols)
 
 
-def scale_losses(ax: Axes) -> None:
-    """Makes the value axis logarithmic if what is drawn spans more than a factor of five, with plain numbers."""
-    low, high = ax.dataLim.intervaly
+def scale_losses(ax: Axes, limits: tuple[float, float] | None = None) -> None:
+    """Makes the value axis logarithmic if what is drawn spans more than a factor of five, with plain numbers.
+
+    Args:
+        ax: With everything drawn.
+        limits: Decide by these instead, so that several panels get the same scale.
+    """
+    low, high = ax.dataLim.intervaly if limits is None else limits
     if low > 0 and high > _LOG_FROM * low:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
@@ -10,6 +11,8 @@ from analysis.plots.style import axes_or_new
 
 _SPREAD = 4.0
 """Ratio of the largest to the smallest weight from which on the axis is logarithmic."""
+_FEW_POINTS = 3
+"""With fewer points than this a line is short or none at all, so that its points are marked."""
 
 
 def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None = None) -> Axes:
@@ -24,7 +27,9 @@ def plot_task_weights(weights: xr.DataArray, *, title: str = "", ax: Axes | None
     names = weights["interval"].values
     for task, colour in enumerate(sns.color_palette("viridis", weights.sizes["task"])):
         values = weights.isel(task=task).values
-        ax.plot(weights["weight_step"], values, color=colour, linewidth=1.2, label=str(names[task]))
+        marker = "o" if np.isfinite(values).sum() < _FEW_POINTS else ""
+        style = {"color": colour, "linewidth": 1.2, "marker": marker, "markersize": 4}
+        ax.plot(weights["weight_step"], values, label=str(names[task]), **style)
     ax.axhline(1.0, color="#4d4d4d", linewidth=0.8, linestyle="--")
     low, high = float(weights.min()), float(weights.max())
     if low > 0 and high / low > _SPREAD:

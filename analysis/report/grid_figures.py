@@ -24,6 +24,7 @@ from analysis.grid import (
 from analysis.methods import BASELINE, PLAIN, UNIFORM, method_name
 from analysis.plots.curves import plot_curves
 from analysis.plots.grid import grid_height, plot_grid, plot_grid_effects, routing_colour
+from analysis.plots.style import scale_losses
 from analysis.report.grid_words import FIDELITY_WORDS, LOSS_WORDS
 from analysis.report.panels import ReportFigure, keep_outer_axes, panels
 
@@ -45,6 +46,10 @@ _READING = (
 _COLUMNS = 4
 _LEGEND_COLUMNS = 6
 _PAGE_INCHES = 10.8
+_MOST_ABOVE = 1.5
+"""How far above nearly all values (99 %) a panel of curves reaches at most: one run that explodes, or the first
+validation of an untrained network, would flatten all others."""
+_MARGIN = 0.03
 
 
 def grid_figures(frame: pd.DataFrame, curves: pd.DataFrame) -> list[ReportFigure]:
@@ -99,13 +104,15 @@ def effects_figure(frame: pd.DataFrame, effect: Effect) -> ReportFigure | None:
         own = frame[(frame[ROUTING] == first[0]) & (frame[OPTIMISATION] == first[1])]
         unit = float(own[quantity].mean()) if len(own) else np.nan
         by_seed, intervals = _in_units(found[quantity], unit)
+        of = f"{method_name(first[0])} with {method_name(first[1])}"
+        in_units = "" if np.isnan(unit) else f", in % of the final loss\nof {of}"
         plot_grid_effects(
             intervals,
             by_seed,
             effect,
             title=LOSS_WORDS[quantity],
-            xlabel=f"relative to {method_name(first[0])} with {method_name(first[1])}",
-            formatter=PercentFormatter(1.0),
+            xlabel=f"difference{in_units}",
+            formatter=PercentFormatter(1.0) if in_units else None,
             legend=False,
             ax=ax,
         )
@@ -129,15 +136,19 @@ def curves_figure(frame: pd.DataFrame, curves: pd.DataFrame) -> ReportFigure | N
     own = own.assign(method=own["run"].map(cells[ROUTING]).replace(PLAIN, BASELINE))
     by_optimisation = dict(tuple(own.groupby(own["run"].map(cells[OPTIMISATION]))))
     shown = [optimisation for optimisation in optimisations if optimisation in by_optimisation]
-    if not shown:
+    finite = own["value"][np.isfinite(own["value"])]
+    if not shown or finite.empty:
         return None
     columns = min(_COLUMNS, len(shown))
     figure, axes = panels(-(-len(shown) // columns), columns, width=2.8, height=2.5)
-    low, high = np.nanquantile(own["value"], [0.0, 0.99])
+    low, high = _curve_limits(finite)
     for ax, optimisation in zip(axes.flat, shown, strict=False):
         aligned = convergence.aligned_curves(by_optimisation[optimisation], frames.VAL_LOSS)
-        plot_curves(aligned, mean=convergence.mean_curves(aligned), title=method_name(optimisation), ax=ax)
-        ax.set_ylim(0.97 * low, 1.03 * high)
+        plot_curves(
+            aligned, mean=convergence.mean_curves(aligned), title=method_name(optimisation), is_loss=False, ax=ax
+        )
+        scale_losses(ax, (low, high))
+        ax.set_ylim(low, high)
         ax.get_legend().remove()
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
@@ -146,9 +157,16 @@ def curves_figure(frame: pd.DataFrame, curves: pd.DataFrame) -> ReportFigure | N
     return ReportFigure(
         "grid_curves",
         "Validation loss during training",
-        "A panel for each optimisation, all on one scale: thin lines are seeds, thick ones their mean.",
+        "A panel for each optimisation, all on one scale: thin lines are seeds, thick ones their mean."
+        + f" Curves above {high:.3g} leave the panel." * bool((own["value"] > high).any()),
         figure,
     )
+
+
+def _curve_limits(values: pd.Series) -> tuple[float, float]:
+    """Ends of a value axis that holds all of the finite values, but for outliers far above the others."""
+    highest = min(float(values.max()), _MOST_ABOVE * float(values.quantile(0.99)))
+    return (1 - _MARGIN) * float(values.min()), (1 + _MARGIN) * highest
 
 
 def _cells_figure(frame: pd.DataFrame, quantities: list[str], words: dict[str, str]) -> Figure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import xarray as xr
 
 from analysis.grouping import group_by_method
@@ -45,5 +47,7 @@ def task_weights_figure(runs: Runs) -> ReportFigure | None:
 
 
 def _mean(weights: list[xr.DataArray]) -> xr.DataArray:
-    """Mean over runs, at the steps that all have."""
-    return xr.concat(weights, "run", join="inner", coords="minimal", compat="override").mean("run", keep_attrs=True)
+    """Mean over runs, at the steps that all have; where there are none, of those that have the step."""
+    steps = set.intersection(*(set(run["weight_step"].values.tolist()) for run in weights))
+    join: Literal["inner", "outer"] = "inner" if steps else "outer"
+    return xr.concat(weights, "run", join=join, coords="minimal", compat="override").mean("run", keep_attrs=True)

@@ -42,9 +42,9 @@ def checked_cells(
             none.
     """
     with tempfile.TemporaryDirectory(prefix="dtr-lab-") as folder:
-        first = {"seed_everything": sweep.seeds[0]}
+        seed = {"seed_everything": sweep.seeds[0]}
         commands = [
-            arguments(sweep, place, overlay(merged(cell.settings, first), Path(folder) / f"{i}.yaml"), cell.name, {})
+            arguments(sweep, place, overlay(merged(cell.settings, seed), Path(folder) / f"{i}.yaml"), cell.name, {})
             for i, cell in enumerate(cells)
         ]
         answer = _ask({"commands": commands, "checkpoints": [str(path) for path in checkpoints]}, Path(folder))
@@ -52,7 +52,11 @@ def checked_cells(
     if refused:
         others = ", ".join(cell.name for cell, _ in refused[1:])
         more = f"\nrefused, too: {others}" if others else ""
-        raise UserInputError(f"{sweep.path}: {refused[0][0].name} cannot be trained: {refused[0][1]}{more}")
+        first, reason = refused[0]
+        own = ", ".join(f"{key}={value}" for key, value in first.settings.items() if sweep.settings.get(key) != value)
+        raise UserInputError(
+            f"{sweep.path}: {first.name} cannot be trained: {reason}\nit sets {own or 'nothing'}{more}"
+        )
     checked = [
         CheckedCell.of(cell, said["configuration"], sweep.seeded)
         for cell, said in zip(cells, answer["cells"], strict=True)
@@ -86,6 +90,11 @@ def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
         check=False,
     )
     if done.returncode != 0 or not answer.is_file():
+        if done.returncode < 0:
+            raise UserInputError(
+                f"the process that checks the configurations was stopped by signal {-done.returncode}: if nobody did "
+                "that, this machine ran out of memory"
+            )
         raise RuntimeError(f"checking the configurations failed ({done.returncode}):\n{done.stderr}")
     return json.loads(answer.read_text())
 

@@ -95,8 +95,9 @@ def said_of(sweep: Sweep, steps: Sequence[Step]) -> str:
     text = f"Sweep {sweep.name}: {len(steps) // seeds} cells x {seeds} seeds: {counts}."
     superseded = [run for step in steps for run in step.superseded]
     if superseded:
+        runs = f"{len(superseded)} unfinished run{'s' * (len(superseded) > 1)}"
         text += (
-            f"\n{len(superseded)} unfinished runs that cannot be gone on with are deleted in MLflow "
+            f"\n{runs} that cannot be gone on with will be deleted in MLflow before training "
             f"(`mlflow runs restore --run-id ID` brings one back): {', '.join(run.run_id for run in superseded)}"
         )
     return text

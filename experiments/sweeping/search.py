@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,14 @@ from lightning_modules.tracking.store import mlflow_client
 
 BEST = "best.yaml"
 TRIALS = "trials.csv"
+_USUAL_METRICS = (
+    "loss/val",
+    "loss/val_vb",
+    "loss/train",
+    "conflict/rate",
+    "conflict/mean_rate",
+    "conflict/mean_cosine",
+)
 
 
 def print_search_plan(sweep: Sweep, place: Place) -> None:
@@ -110,6 +119,10 @@ def _study(sweep: Sweep, place: Place, base: CheckedCell) -> SearchStudy:
 def _checked_base(sweep: Sweep, place: Place, known: Sequence[KnownRun]) -> tuple[CheckedCell, dict[Path, int]]:
     """The settings at the first end of every range, after the parser has seen every end of each; and checkpoints."""
     assert sweep.search is not None
+    metric = sweep.search.metric
+    near = difflib.get_close_matches(metric, _USUAL_METRICS, n=1, cutoff=0.8)
+    if near and metric not in _USUAL_METRICS:  # no error: a callback of the user's may log it
+        print(f"Note: search.metric is {metric!r}, which DTR Lab does not log by itself; do you mean {near[0]!r}?")
     ends = {key: parameter.ends for key, parameter in sweep.search.parameters.items()}
     first = {key: values[0] for key, values in ends.items()}
     tried: dict[str, Mapping[str, Any]] = {"a trial": first}

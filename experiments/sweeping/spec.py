@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,79}")
 _NAME_HINT = (
     "letters, digits, '_', '.', '+' and '-', the first a letter or digit (in quotes where YAML reads it otherwise)"
 )
+_ROUTING = "routing"  # the axis that `analysis.grid` tells from the others
 _OWN = {
     "seed_everything": "list the seeds under `seeds`",
     "tracking": "use `name`, `experiment`, --tracking-uri and --run-dir",
@@ -108,6 +110,8 @@ def _axes(where: str, found: Any, folder: Path) -> dict[str, dict[str, Settings]
     axes: dict[str, dict[str, Settings]] = {}
     for axis, choices in found.items():
         _checked_name(where, "axis", axis)
+        if axis != _ROUTING and difflib.get_close_matches(axis.lower(), [_ROUTING], cutoff=0.8):
+            raise UserInputError(f"{where}: axis {axis!r}: do you mean {_ROUTING}? Tables know routings by that name")
         if not isinstance(choices, dict) or not choices:
             raise UserInputError(f"{where}: axis {axis} is empty: give it choices, `CHOICE: {{KEY: VALUE}}`")
         axes[axis] = {

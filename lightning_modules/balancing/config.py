@@ -14,17 +14,30 @@ LOSS_METHODS: tuple[str, ...] = get_args(LossMethod)
 """Methods that look at the tasks' losses alone: a step costs what a plain one does (FAMO: one more forward pass)."""
 GRADIENT_METHODS: tuple[str, ...] = get_args(GradientMethod)
 """Methods that look at the inner products between the tasks' gradients."""
+_USERS = {
+    "learning_rate": ("uw", "imtl_l", "famo"),
+    "dwa_temperature": ("dwa",),
+    "dwa_window_steps": ("dwa",),
+    "stch_mu": ("stch",),
+    "cagrad_c": ("cagrad",),
+    "nash_max_norm": ("nash_mtl",),
+    "nash_iterations": ("nash_mtl",),
+    "gradvac_beta": ("gradvac",),
+}
+"""Which methods look at a parameter; gradient methods at all that are not here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BalancingConfig:
-    """Which method, and its parameters (those of the other methods are ignored).
+    """Which method, and its parameters. `unused` names those that were set for other methods.
 
     A task is a timestep interval, and its loss is its part of the training loss, times the number of tasks K: so the
     training loss is the mean of the tasks' losses, whatever the intervals' widths, loss weights or sampling.
 
     Attributes:
-        method: ``none``, or one of `LOSS_METHODS` or `GRADIENT_METHODS`.
+        method: ``none``; by the tasks' losses ``uw``, ``imtl_l``, ``dwa``, ``famo``, ``stch``, ``geometric_mean``,
+            ``random_weights``; by the inner products of their gradients ``pcgrad``, ``nash_mtl``, ``cagrad``,
+            ``mgda``, ``imtl_g``, ``aligned_mtl``, ``upgrad``, ``config`` (ConFIG), ``gradvac``.
         every_n_steps: Gradient methods find new weights in every n-th step and keep them in between, where a step costs
             what a plain one does (Nash-MTL's authors and ANT: 25).
         gradients: How a gradient method gets the combined gradient. ``keep``: all tasks' gradients are kept, K times
@@ -82,6 +95,16 @@ class BalancingConfig:
                 raise UserInputError(f"balancing.{name} must not be negative, got {value}")
         if not 0 <= self.gradvac_beta <= 1:
             raise UserInputError(f"balancing.gradvac_beta must lie in [0, 1], got {self.gradvac_beta}")
+
+    def unused(self) -> list[str]:
+        """Names of parameters that differ from their defaults and that the method does not look at."""
+        return [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name != "method"
+            and getattr(self, field.name) != field.default
+            and self.method not in _USERS.get(field.name, GRADIENT_METHODS)
+        ]
 
     @property
     def uses_gradients(self) -> bool:

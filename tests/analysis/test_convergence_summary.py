@@ -43,7 +43,7 @@ def test_two_seeds_are_a_hint_even_if_their_interval_excludes_zero():
     assert "a hint from too few seeds to claim it" in loss
     assert "a hint from too few seeds to claim it" in speed
     assert "which this count alone cannot tell from one half" in loss
-    assert area.endswith("not resolved.")
+    assert area.endswith("], not resolved: 2 seeds are too few.")
     assert parts.count("not resolved") == 2
 
 
@@ -89,6 +89,20 @@ def test_a_ranking_that_turns_with_what_is_held_equal_is_said():
     assert "samples" not in turned
     unknown = timed(frame, baseline=1.0, dtr=np.nan)
     assert len(sentences(unknown)) == 4
+
+
+def test_an_interval_that_holds_zero_is_not_blamed_on_the_number_of_seeds():
+    area = said(**pairs(0.5, -0.5))[-2]
+    assert area.endswith("], not resolved.")
+
+
+def test_two_open_differences_on_either_side_are_no_reversal():
+    frame = tidy(**pairs(0.3, 0.29))
+    turned = timed(frame, baseline=1.0, dtr=2.0)
+    assert not any("held equal" in sentence for sentence in sentences(turned))  # two seeds resolve nothing
+    one_open = sentences(timed(tidy(**pairs(0.3, -0.2, 0.3)), baseline=1.0, dtr=2.0))[-1]
+    assert "at equal steps (-0.133 [" in one_open
+    assert "not resolved), but higher at equal training time (+1.8" in one_open
 
 
 def test_a_diverged_run_is_said_and_nothing_else_is_claimed_of_it():

@@ -27,6 +27,12 @@ def test_a_line_per_task_and_a_logarithmic_axis_for_positive_weights():
     assert plot_task_weights(run("x", [[1, -2], [0.5, 4]])["task_weight"]).get_yscale() == "linear"
 
 
+@pytest.mark.parametrize(("points", "marked"), [(1, True), (2, True), (3, False)])
+def test_few_points_are_marked_because_lines_do_not_show_them(points, marked):
+    weights = run("x", [[1, 2]] * points, steps=range(points))["task_weight"]
+    assert [line.get_marker() == "o" for line in plot_task_weights(weights).lines[:2]] == [marked] * 2
+
+
 def test_a_panel_per_method_with_the_mean_over_the_steps_that_all_seeds_have():
     runs = [
         run("baseline+uw", [[1, 2], [3, 4]]),
@@ -39,6 +45,13 @@ def test_a_panel_per_method_with_the_mean_over_the_steps_that_all_seeds_have():
     first, second = figure.axes[0].lines[:2]
     assert first.get_xdata().tolist() == [50]
     assert (first.get_ydata().tolist(), second.get_ydata().tolist()) == ([2], [3])
+
+
+def test_seeds_without_a_common_step_are_drawn_at_all_of_their_steps():
+    own = [run("x", [[1, 2]], steps=(50,)), run("x", [[3, 4]], steps=(70,), seed=1)]
+    first, second = task_weights_figure(own).figure.axes[0].lines[:2]
+    assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([50, 70], [1, 3])
+    assert second.get_ydata().tolist() == [2, 4]
 
 
 def test_plain_training_has_no_such_figure():

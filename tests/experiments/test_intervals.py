@@ -67,7 +67,7 @@ def test_training_takes_the_file_over_a_configuration(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--num-intervals=0"], "at least 1"),
+        (["--num-intervals=1"], "at least 2"),
         (["--experiment=nothing"], "no experiment 'nothing'"),
         ([f"--experiment={synthetic.EXPERIMENT}", "--num-intervals=99"], "only 8 intervals were measured"),
         ([f"--experiment={synthetic.EXPERIMENT}", "--method=mean"], "there are baseline, dtr"),

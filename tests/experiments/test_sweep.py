@@ -145,7 +145,7 @@ def test_a_failing_cell_stops_no_other_and_the_table_is_made_all_the_same(checks
     assert main(["sweep", f"--config={path}", "--seeds=4", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "  breaks-seed4  to train again (was FAILED)\n  random-seed4  finished (" in said
-    assert "1 unfinished runs that cannot be gone on with are deleted in MLflow" in said
+    assert "1 unfinished run that cannot be gone on with will be deleted in MLflow before training" in said
     assert statuses("tiny")["breaks-seed4"] == ["FAILED"], "a dry run changes nothing"
 
 
@@ -155,7 +155,9 @@ def test_a_search_ends_with_the_best_and_goes_on_when_more_is_asked(checks_here,
     first = runs("search")
     path = written(SEARCH)
     assert main(["sweep", f"--config={path}", "--dry-run"]) == 0
-    assert "2 ended, 0 going on, 1 to try." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 ended, 0 going on, 1 to try." in said
+    assert "do you mean" not in said
     assert main(["sweep", f"--config={path}"]) == 0
     said = capsys.readouterr().out
     assert "Best of 3 trials: trial " in said
@@ -184,6 +186,19 @@ def test_a_search_ends_with_the_best_and_goes_on_when_more_is_asked(checks_here,
     assert model.loss_weight.name == settings["loss_weight"]["name"]
 
 
+def test_a_metric_that_looks_misspelt_is_pointed_out_before_anything_is_trained(checks_here, capsys):
+    path = written(changed(SEARCH, search={**SEARCH["search"], "metric": "loss/vall"}))
+    assert main(["sweep", f"--config={path}", "--dry-run"]) == 0
+    assert "search.metric is 'loss/vall', which DTR Lab does not log" in capsys.readouterr().out
+
+
+def test_the_end_of_the_process_that_checks_is_told(monkeypatch, capsys):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(checking.subprocess, "run", lambda *args, **options: killed)
+    assert main(["sweep", f"--config={written(GRID)}"]) == 2
+    assert "was stopped by signal 9" in capsys.readouterr().err
+
+
 def test_what_the_trainer_would_refuse_is_refused_before_anything_starts(checks_here, capsys):
     axes = {
         "weight": {"plain": {}, "typo": {"model.init_args.loss_weight.nam": "p2"}, "other": {"trainer.max_step": 1}}
@@ -193,6 +208,7 @@ def test_what_the_trainer_would_refuse_is_refused_before_anything_starts(checks_
     refused = capsys.readouterr().err
     assert "sweep.yaml: typo cannot be trained: " in refused
     assert "Group 'loss_weight' does not accept option 'nam'" in refused
+    assert "\nit sets model.init_args.loss_weight.nam=p2" in refused
     assert "refused, too: other" in refused
     assert not Path("store.db").exists()
 

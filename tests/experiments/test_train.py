@@ -233,6 +233,8 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
         (["--tracking.tracking_uri=file:///tmp/mlruns"], "migrate-filestore"),
         (["--data.class_path=ImageFolderData", "--data.init_args.root=/nowhere"], "no image folder at /nowhere"),
         (["--config=/nowhere.yaml"], "/nowhere.yaml"),
+        ([f"--config={__file__}"], "test_train.py is no valid YAML"),
+        ([f"--resume={__file__}"], "test_train.py is not a checkpoint of DTR Lab"),
         (["--resume=/nowhere.ckpt"], "no checkpoint at /nowhere.ckpt"),
         (["--trainer.max_steps=0"], "max_steps"),
         (["--seed_everything=-1"], "-1"),

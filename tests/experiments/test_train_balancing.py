@@ -64,7 +64,7 @@ def test_a_resumed_run_has_the_weights_of_an_unbroken_one(capfd):
     assert loaded[1]["weight_step"].values.tolist() == [5, 7, 10, 12]  # a training that ends writes what it has
     assert loaded[0].sel(weight_step=[5, 12]).equals(loaded[1].sel(weight_step=[5, 12]))
     assert train("baseline", "--trainer.max_steps=20", f"--resume={last(part)}", settings[1]) == 2
-    assert "its balancing is" in capfd.readouterr().err
+    assert 'other settings: balancing.method was "famo", is "none". Undo' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,15 @@ def test_a_resumed_run_has_the_weights_of_an_unbroken_one(capfd):
         ([f"{MODEL}.balancing.every_n_steps=0"], "every_n_steps"),
         ([f"{MODEL}.balancing.gradients=free"], "gradients"),
         ([f"{MODEL}.balancing.methods=uw"], "methods"),
+        ([f"{MODEL}.balancing=[pcgrad,uw]"], r"model.init_args.balancing must hold settings.*\['pcgrad', 'uw'\]"),
+        ([f"{MODEL}.balancing=pcgrad"], "--model.init_args.balancing.method=uw"),
+        ([f"{MODEL}.balancing.method=pcgrad", "--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches"),
         ([f"{MODEL}.balancing.method=uw", f"{MODEL}.intervals.only=1"], "nothing to balance"),
         ([f"{MODEL}.sampler.name=gradient_noise", "--gradient_conflict.every_n_steps=0"], "every_n_steps"),
         ([f"{MODEL}.sampler.name=gradient_noise", "--gradient_conflict.halves=1"], "halves"),
         ([f"{MODEL}.sampler.name=important"], "important"),
         ([f"{MODEL}.balancing.method=uw", f"{MODEL}.intervals.num_intervals=1"], "two tasks"),
-        ([f"{MODEL}.balancing.method=uw", "--data.init_args.batch_size=4"], "batch of 4 .*0.5 of the rarest of 8"),
+        ([f"{MODEL}.balancing.method=uw", "--data.init_args.batch_size=4"], "batch of 4 .*0.50 of the rarest of 8"),
         ([f"{MODEL}.balancing.method=uw", f"{MODEL}.sampler.name=log_normal"], "'log_normal' has only .* rarest"),
         ([f"{MODEL}.sampler={{name: speed, speed_tau: 2000}}"], "speed_tau"),
         ([f"{MODEL}.loss_weight={{name: speed, speed_lambda: 2}}"], "speed_lambda"),
@@ -92,6 +95,16 @@ def test_bad_settings_are_refused_before_there_is_a_run(arguments, says, capfd):
     assert re.search(says, message[message.index("dtr-lab: error:") :]), message
     assert "Traceback" not in message
     assert runs() == []
+
+
+def test_parameters_that_the_method_makes_no_use_of_are_named():
+    settings = [f"{MODEL}.balancing={{method: dwa, dwa_temperature: 3, gradients: keep, stch_mu: 0.2}}"]
+    with pytest.warns(UserWarning, match=r"balancing\.") as caught:
+        assert train("baseline", "--trainer.max_steps=1", "--trainer.val_check_interval=1", *settings) == 0
+    said = [str(each.message) for each in caught if "balancing." in str(each.message)]
+    assert said == [
+        f"balancing.{name} is set, but balancing.method dwa makes no use of it" for name in ("gradients", "stch_mu")
+    ]
 
 
 def test_a_specialist_of_a_balanced_model_is_trained_plainly(capfd):

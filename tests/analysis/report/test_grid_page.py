@@ -10,7 +10,7 @@ from PIL import Image
 
 from analysis.frames import curves_frame
 from analysis.grid import grid_frame
-from analysis.report.grid_figures import grid_figures
+from analysis.report.grid_figures import curves_figure, effects_figure, grid_figures
 from analysis.report.grid_page import GridFacts, cells_table, effect_section, markdown_table, render_results
 from analysis.report.grid_words import decimals_for, signed_with_interval, with_interval
 from tests.analysis.grids import cell_run, grid_of
@@ -120,6 +120,40 @@ def test_the_page_has_everything_once_and_only_figures_that_exist(frame, cells):
     assert "samples were not measured" in page
     assert "## Samples" not in page
     assert "DTR against Plain: 2 (Uniform, Min-SNR) lower" in page
+
+
+def test_each_part_of_the_noise_says_what_is_significant_in_it(frame):
+    level = np.random.default_rng(0).normal(size=len(frame))
+    page = render_results(frame.assign(high_noise=level), FACTS, [], "figures")
+    section = page.split("## Low and high noise")[1].split("\n## ")[0]
+    low, high = section.split("Final validation loss at high noise")
+    assert low.strip().splitlines()[-1].startswith("Significant at low noise, at a false discovery rate of 5 % over 6 ")
+    assert "DTR against Plain: 2 (Uniform, Min-SNR) lower" in low
+    assert "No difference at high noise is significant" in high
+
+
+def test_differences_say_what_their_per_cent_are_of(frame, cells):
+    figures = {figure.name: figure.figure for figure in grid_figures(frame, curves_frame(cells))}
+    labels = [ax.get_xlabel() for ax in figures["grid_routing_effects"].axes]
+    assert labels == ["difference, in % of the final loss\nof Plain with Uniform"] * 3
+    diverged = (frame["routing"] == "plain") & (frame["optimisation"] == "uniform")
+    without = effects_figure(frame.assign(val_loss=frame["val_loss"].mask(diverged)), "optimisation")
+    assert without.figure.axes[0].get_xlabel() == "difference"  # there is nothing to divide by
+
+
+def test_curves_leave_the_panel_only_far_above_the_others_and_that_is_said(frame, cells):
+    curves = curves_frame(cells)
+    whole = curves_figure(frame, curves)
+    assert "leave the panel" not in whole.caption
+    shown = curves[curves["metric"] == "loss/val"]["value"]
+    assert all(ax.get_ylim()[1] > shown.max() for ax in whole.figure.axes if ax.axison)
+    exploded = curves.assign(value=curves["value"].where(curves.index != shown.index[0], 1000.0))
+    assert len(shown) > 100
+    cut = curves_figure(frame, exploded)
+    (top,) = {round(ax.get_ylim()[1], 9) for ax in cut.figure.axes if ax.axison}
+    assert top < 10
+    assert f"Curves above {top:.3g} leave the panel." in cut.caption
+    assert len({ax.get_yscale() for ax in cut.figure.axes if ax.axison}) == 1
 
 
 def test_measures_of_samples_come_with_their_limits(frame, cells):

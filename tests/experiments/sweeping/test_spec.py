@@ -99,6 +99,7 @@ def test_the_files_that_come_along_are_read(name):
         ({"search": SEARCH["search"]}, "give either `axes` (a grid) or `search`"),
         ({"axes": {}}, "axes must hold at least one axis"),
         ({"axes": {"routing": {}}}, "axis routing is empty"),
+        ({"axes": {"routng": {"a": {}}}}, "axis 'routng': do you mean routing?"),
         ({"axes": {"routing": {"a b": {}}}}, "a choice of axis routing 'a b' cannot be used"),
         ({"axes": {"routing": {False: {}}}}, "a choice of axis routing False cannot be used"),
         ({"axes": {"a,b": {"x": {}}}}, "axis 'a,b' cannot be used"),

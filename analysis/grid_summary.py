@@ -57,8 +57,8 @@ def grid_sentences(
     return [sentence for sentence in said if sentence]
 
 
-def significant_sentence(frame: pd.DataFrame, quantity: str, words: str) -> str:
-    """Which differences of a part of the loss are significant, and on which side, in one sentence.
+def significant_sentences(frame: pd.DataFrame, quantity: str, words: str) -> list[str]:
+    """Which differences of a part of the loss are significant, and on which side: what that means, then which.
 
     Args:
         frame: `grid.grid_frame`.
@@ -70,11 +70,11 @@ def significant_sentence(frame: pd.DataFrame, quantity: str, words: str) -> str:
     effects = effect_intervals(seed_effects(frame, quantity))
     tested = effects[effects["p_value"].notna()]
     if tested.empty:
-        return _untested(f"final validation loss {words}")
+        return [_untested(f"final validation loss {words}")]
     rate = f"at a false discovery rate of {100 * FALSE_DISCOVERY_RATE:.0f} % over {len(tested)} comparisons"
     seeds = int(tested["seeds"].min())
     if not tested["significant"].any():
-        return f"No difference {words} is significant {rate}, with {seeds} seeds."
+        return [f"No difference {words} is significant {rate}, with {seeds} seeds."]
     against: dict[Effect, str] = {"routing": plain, "optimisation": usual, "interaction": usual}
     parts = []
     for effect, base in against.items():
@@ -82,10 +82,10 @@ def significant_sentence(frame: pd.DataFrame, quantity: str, words: str) -> str:
             own = _sides(effects, effect, routing)
             sides = {"lower": own.lower, "higher": own.higher}
             found = [f"{_listed(choices)} {side}" for side, choices in sides.items() if len(choices)]
-            parts += [f"{_compared(effect, routing, base, plain)}: {', '.join(found)}"] * bool(found)
+            parts += [f"{_compared(effect, routing, base, plain)}: {', '.join(found)}."] * bool(found)
     hint = f" ({seeds} seeds: a hint)" * (seeds < FIRM)
     rest = "all others are open" if not tested["significant"].all() else "none is open"
-    return f"Significant {words}, {rate}{hint}: {'; '.join(parts)}; {rest}."
+    return [f"Significant {words}, {rate}{hint}; {rest}:", *parts]
 
 
 def grid_warnings(frame: pd.DataFrame) -> list[str]:
@@ -156,10 +156,7 @@ def _sides_sentence(effects: pd.DataFrame, effect: Effect, routing: str, against
     if own.tested.empty:
         return ""
     what = _compared(effect, routing, against)
-    return (
-        f"{what[0].upper()}{what[1:]}: {_listed(own.lower)} lower, {_listed(own.higher)} higher, "
-        f"{own.open} of {len(own.tested)} open."
-    )
+    return f"{what}: {_listed(own.lower)} lower, {_listed(own.higher)} higher, {own.open} of {len(own.tested)} open."
 
 
 class _Sides(NamedTuple):
@@ -182,9 +179,9 @@ def _sides(effects: pd.DataFrame, effect: Effect, routing: str) -> _Sides:
 
 
 def _compared(effect: Effect, routing: str, against: str, plain: str = PLAIN) -> str:
-    """What is compared with what, as it stands within a sentence."""
+    """What is compared with what, at the start of a sentence."""
     if effect == "optimisation":
-        return f"optimisations against {_name(against)}, under {_name(routing)}"
+        return f"Optimisations against {_name(against)}, under {_name(routing)}"
     if effect == "routing":
         return f"{_name(routing)} against {_name(against)}"
     return f"{_name(routing)} minus {_name(plain)}, against the same with {_name(against)}"

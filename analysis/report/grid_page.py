@@ -21,7 +21,7 @@ from analysis.grid import (
     grid_cells,
     seed_effects,
 )
-from analysis.grid_summary import grid_sentences, grid_warnings, significant_sentence
+from analysis.grid_summary import grid_sentences, grid_warnings, significant_sentences
 from analysis.methods import PLAIN, UNIFORM, method_name
 from analysis.report.grid_figures import EFFECT_FIGURES
 from analysis.report.grid_words import (
@@ -107,7 +107,8 @@ def render_results(frame: pd.DataFrame, facts: GridFacts, figures: Sequence[Repo
     parts += ["## Low and high noise"]
     for quantity in LOSSES[1:]:
         parts += [f"Final validation loss {LOSS_WORDS[quantity]}:", cells_table(frame, quantity)]
-        parts.append(significant_sentence(frame, quantity, LOSS_WORDS[quantity].split(" (")[0]))
+        lead, *found = significant_sentences(frame, quantity, LOSS_WORDS[quantity].split(" (")[0])
+        parts += [lead, _bullets(found)]
     if measured:
         parts += ["## Samples", facts.samples]
         for quantity in measured:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from analysis.grid_summary import grid_sentences, grid_warnings, significant_sentence
+from analysis.grid_summary import grid_sentences, grid_warnings, significant_sentences
 from tests.analysis.grids import OPTIMISATIONS, ROUTINGS, grid_of, noise_grid
 
 NOISE = np.array([0.1, -0.2, 0.15, -0.1, 0.05, 0.0])
@@ -57,18 +57,22 @@ def test_effects_that_replace_each_other_are_told_apart_from_those_that_strength
     assert together.endswith("alone in none of 1.")
 
 
-def test_one_sentence_names_what_is_significant_with_its_side():
-    assert significant_sentence(true_grid(-1.0, 2.0, -4.0), "low_noise", "at low noise") == (
-        "Significant at low noise, at a false discovery rate of 5 % over 5 comparisons: DTR against Plain: 2 (Uniform, "
-        "Min-SNR) lower; optimisations against Uniform, under DTR: 1 (Min-SNR) lower; optimisations against Uniform, "
-        "under Plain: 1 (Min-SNR) higher; DTR minus Plain, against the same with Uniform: 1 (Min-SNR) lower; none is "
-        "open."
-    )
-    some = significant_sentence(true_grid(-1.0, 0.0, -1.0, seeds=3), "low_noise", "at low noise")
-    assert "over 5 comparisons (3 seeds: a hint): DTR against Plain: 2 (Uniform, Min-SNR) lower; all others" in some
-    nothing = significant_sentence(true_grid(-1.0, -2.0, -3.0, seeds=2), "high_noise", "at high noise")
+def test_sentences_name_what_is_significant_with_its_side():
+    assert significant_sentences(true_grid(-1.0, 2.0, -4.0), "low_noise", "at low noise") == [
+        "Significant at low noise, at a false discovery rate of 5 % over 5 comparisons; none is open:",
+        "DTR against Plain: 2 (Uniform, Min-SNR) lower.",
+        "Optimisations against Uniform, under DTR: 1 (Min-SNR) lower.",
+        "Optimisations against Uniform, under Plain: 1 (Min-SNR) higher.",
+        "DTR minus Plain, against the same with Uniform: 1 (Min-SNR) lower.",
+    ]
+    lead, *some = significant_sentences(true_grid(-1.0, 0.0, -1.0, seeds=3), "low_noise", "at low noise")
+    assert lead.endswith("over 5 comparisons (3 seeds: a hint); all others are open:")
+    assert some == ["DTR against Plain: 2 (Uniform, Min-SNR) lower."]
+    (nothing,) = significant_sentences(true_grid(-1.0, -2.0, -3.0, seeds=2), "high_noise", "at high noise")
     assert nothing.startswith("No difference at high noise is significant at a false discovery rate of 5 % over 5 ")
-    assert "nothing can be said" in significant_sentence(true_grid(-1, -2, -3, seeds=1), "low_noise", "at low noise")
+    assert (
+        "nothing can be said" in significant_sentences(true_grid(-1, -2, -3, seeds=1), "low_noise", "at low noise")[0]
+    )
 
 
 def test_three_seeds_are_a_hint_and_two_are_nothing():

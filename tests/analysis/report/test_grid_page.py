@@ -127,8 +127,8 @@ def test_each_part_of_the_noise_says_what_is_significant_in_it(frame):
     page = render_results(frame.assign(high_noise=level), FACTS, [], "figures")
     section = page.split("## Low and high noise")[1].split("\n## ")[0]
     low, high = section.split("Final validation loss at high noise")
-    assert low.strip().splitlines()[-1].startswith("Significant at low noise, at a false discovery rate of 5 % over 6 ")
-    assert "DTR against Plain: 2 (Uniform, Min-SNR) lower" in low
+    assert "\nSignificant at low noise, at a false discovery rate of 5 % over 6 " in low
+    assert "\n- DTR against Plain: 2 (Uniform, Min-SNR) lower" in low
     assert "No difference at high noise is significant" in high
 
 

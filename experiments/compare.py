@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.comparisons import create_comparison
-from experiments.mlflow_links import REPORT, artifact_url
-from experiments.mlflow_notes import NOTE_TAG, link_runs, run_link
+from experiments.mlflow_links import REPORT
+from experiments.mlflow_notes import NOTE_TAG, comparison_note, link_runs
 from experiments.mlflow_view import save_view
 from lightning_modules.errors import UserInputError
 from lightning_modules.folders import writable_folder
@@ -144,9 +144,13 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     shown = readable(summary)
     table = Table(title="Comparison", title_justify="left", title_style="bold")
     for column in shown.columns:
-        table.add_column(column, justify="right" if column else "left")
+        # Where space is short lines break between words, and a number is never cut.
+        widest = max((len(word) for cell in shown[column] for word in str(cell).split()), default=0)
+        table.add_column(column, justify="right" if column else "left", overflow="fold", min_width=widest)
     for row in shown.itertuples(index=False):
         table.add_row(*row)
+    if console.measure(table, options=console.options.update(width=1000)).minimum > console.width:
+        table.padding = 0
     console.print(table)
     for sentence in summary.attrs.get("findings", []):
         console.print(f"• {sentence}", markup=False, highlight=False)
@@ -272,24 +276,10 @@ def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary:
     client.log_artifacts(parent, str(folder / FIGURES_DIR), FIGURES_DIR)
     experiment_id = client.get_run(parent).info.experiment_id
     members = [(str(run.attrs["run_id"]), str(run.attrs["name"])) for run in runs]
-    client.set_tag(parent, NOTE_TAG, _note(experiment_id, parent, members, summary, said))
+    before = client.get_run(parent).data.tags.get(NOTE_TAG, "")
+    note = comparison_note(before, experiment_id, parent, members, _method_names(summary), said.findings, said.warnings)
+    client.set_tag(parent, NOTE_TAG, note)
     client.set_terminated(parent)
     view = save_view(client, experiment_id, name, [run_id for run_id, _ in members])
     link_runs(client, experiment_id, name, parent, members, view)
     return parent
-
-
-def _note(
-    experiment_id: str, parent: str, members: Sequence[tuple[str, str]], summary: pd.DataFrame, said: Verdict
-) -> str:
-    """The verdict as Markdown, for the description of the run in the MLflow UI."""
-    lines = [
-        f"**Comparison of {', '.join(_method_names(summary))}** ({len(members)} runs): "
-        f"[the whole report]({artifact_url('', experiment_id, parent, REPORT)}).",
-        "",
-        *(f"- {sentence}" for sentence in said.findings),
-        *(f"- **Note:** {sentence}" for sentence in said.warnings),
-        "",
-        f"Runs: {', '.join(run_link(experiment_id, *member) for member in members)}.",
-    ]
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from experiments.comparisons import create_comparison, find_comparison
 from experiments.mlflow_links import artifact_url
-from experiments.mlflow_notes import NOTE_TAG, with_first_paragraph
+from experiments.mlflow_notes import GRID, NOTE_TAG, with_first_paragraph
 from experiments.sample_fidelity import BIAS, TAG_FIDELITY, measure_comparison
 from lightning_modules.folders import writable_folder
 from lightning_modules.tracking import records
@@ -284,8 +284,7 @@ def _log(uri: str, experiment: str, comparison: str, out: Path, facts: GridFacts
         client.log_artifacts(parent, str(out / folder), f"{ARTIFACTS}/{folder}")
     run = client.get_run(parent)
     link = artifact_url("", run.info.experiment_id, parent, f"{ARTIFACTS}/{RESULTS}")
-    start = "**Grid of routings and optimisations**"
-    text = f"{start}: [results]({link}). {facts.training}"
-    client.set_tag(parent, NOTE_TAG, with_first_paragraph(run.data.tags.get(NOTE_TAG, ""), start, text))
+    text = f"{GRID}: [results]({link}). {facts.training}"
+    client.set_tag(parent, NOTE_TAG, with_first_paragraph(run.data.tags.get(NOTE_TAG, ""), GRID, text))
     if existing is None:
         client.set_terminated(parent)

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 NOTE_TAG = "mlflow.note.content"
+GRID = "**Grid of routings and optimisations**"
+"""How the paragraph about a grid's results begins."""
+_COMPARISON = "**Comparison of "
 _COMPARED = "Compared in"
 _NEWEST = "Newest comparison"
+_RUNS = "Runs: "
+_MORE = "- … and more in the report."
+_MOST_LINKS = 20
+_MOST_CHARACTERS = 8000  # MLflow cuts a longer tag
 
 
 def link_runs(
@@ -43,7 +50,7 @@ def link_runs(
         f"[charts]({runs_url('', experiment_id, comparison, view=view, charts=True)})"
     )
     for run_id, _ in members:
-        others = ", ".join(run_link(experiment_id, *member) for member in members if member[0] != run_id)
+        others = _run_links(experiment_id, [member for member in members if member[0] != run_id])
         start = f"{_COMPARED} **{comparison}**"
         line = f"{start}: {links}; with {others}." if others else f"{start}: {links}."
         note = client.get_run(run_id).data.tags.get(NOTE_TAG, "")
@@ -53,9 +60,60 @@ def link_runs(
     client.set_experiment_tag(experiment_id, NOTE_TAG, with_first_paragraph(note, _NEWEST, newest))
 
 
-def run_link(experiment_id: str, run_id: str, name: str) -> str:
-    """A run's name that leads to its page, in Markdown."""
-    return f"[{name}]({run_url('', experiment_id, run_id)})"
+def comparison_note(
+    before: str,
+    experiment_id: str,
+    parent: str,
+    members: Sequence[tuple[str, str]],
+    methods: Sequence[str],
+    findings: Sequence[str],
+    warnings: Sequence[str],
+) -> str:
+    """The verdict as Markdown, for the description of a comparison's parent run.
+
+    Args:
+        before: Its description; an earlier verdict is replaced, everything else stays.
+        experiment_id: Where the runs are.
+        parent: The run that holds the report.
+        members: Id and name of each compared run.
+        methods: Their names.
+        findings: Sentences.
+        warnings: Sentences.
+    """
+    report = artifact_url("", experiment_id, parent, REPORT)
+    compared = ", ".join(methods) if len(methods) <= _MOST_LINKS else f"{len(methods)} methods"
+    first = f"{_COMPARISON}{compared}** ({len(members)} runs): [the whole report]({report})."
+    last = f"{_RUNS}{_run_links(experiment_id, members)}."
+    others = _without_verdict(before)
+    room = _MOST_CHARACTERS - sum(len(part) + 2 for part in (first, last, *others))
+    lines: list[str] = []
+    for sentence in [f"- {each}" for each in findings] + [f"- **Note:** {each}" for each in warnings]:
+        room -= len(sentence) + 1
+        if room < len(_MORE):
+            lines.append(_MORE)
+            break
+        lines.append(sentence)
+    grid = [part for part in others if part.startswith(GRID)]
+    return "\n\n".join([*grid, first, "\n".join(lines), last, *(part for part in others if part not in grid)])
+
+
+def _without_verdict(note: str) -> list[str]:
+    """Its paragraphs but for those of `comparison_note`."""
+    kept: list[str] = []
+    before = ""
+    for part in (part for part in note.split("\n\n") if part.strip()):
+        is_list = part.startswith("- ") and before.startswith(_COMPARISON)
+        if not (is_list or part.startswith((_COMPARISON, _RUNS))):
+            kept.append(part)
+        before = part
+    return kept
+
+
+def _run_links(experiment_id: str, members: Sequence[tuple[str, str]]) -> str:
+    """Their names, each leading to its page, in Markdown; of very many the first."""
+    links = [f"[{name}]({run_url('', experiment_id, run_id)})" for run_id, name in members[:_MOST_LINKS]]
+    more = [f"{len(members) - _MOST_LINKS} more"] * (len(members) > _MOST_LINKS)
+    return ", ".join([*links, *more])
 
 
 def with_link_line(note: str, start: str, line: str) -> str:

@@ -139,6 +139,20 @@ def test_summary_fits_a_terminal(store, tmp_path):
     assert f"Report: {tmp_path / 'report.html'}" in text
 
 
+def test_many_methods_fit_a_narrow_terminal_with_every_number_whole(store, tmp_path):
+    few = compare(store, experiment=synthetic.EXPERIMENT, comparison="all", out=tmp_path, log=False)
+    methods = ["baseline", *(f"random+{each}" for each in ("min_snr", "nash_mtl", "pcgrad", "upgrad", "uw", "p2"))]
+    many = few.loc[few.index[1:2].repeat(len(methods))].set_index([methods])
+    many["difference"], many["difference_low"], many["difference_high"] = 0.00885, -0.00679, 0.0245
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(many, console)
+    lines = console.export_text().splitlines()
+    assert len({len(line.rstrip()) for line in lines if line.startswith("│")}) == 1, "nothing is cut at the right"
+    words = " ".join(lines).replace("│", " ").split()
+    for number in ("+0.00885", "[-0.00679,", "+0.0245]", "Nash-MTL"):
+        assert number in words
+
+
 def test_runs_that_cannot_be_compared(store, tmp_path):
     client = MlflowClient(tracking_uri=store)
     experiment = client.create_experiment("odd", artifact_location=str(tmp_path / "odd"))

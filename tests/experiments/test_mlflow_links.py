@@ -5,7 +5,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from experiments.mlflow_links import artifact_url, run_url, runs_url
-from experiments.mlflow_notes import NOTE_TAG, link_runs, with_first_paragraph, with_link_line
+from experiments.mlflow_notes import GRID, NOTE_TAG, comparison_note, link_runs, with_first_paragraph, with_link_line
 from lightning_modules.tracking.store import ensure_experiment, mlflow_client
 
 
@@ -72,6 +72,36 @@ def test_a_paragraph_of_its_own_is_moved_up():
 def test_the_newest_comparison_takes_the_place_of_the_one_before():
     assert with_first_paragraph("", "Newest", "Newest: x") == "Newest: x"
     assert with_first_paragraph("Words.\n\nNewest: x", "Newest", "Newest: y") == "Newest: y\n\nWords."
+
+
+def note_of(before, runs=2, sentences=3, width=20):
+    members = [(f"id{k}", f"run{k}") for k in range(runs)]
+    findings = [f"{k} ".ljust(width, "x") for k in range(sentences)]
+    return comparison_note(before, "1", "parent", members, ["Baseline", "DTR"], findings, ["few seeds"])
+
+
+def test_a_new_verdict_takes_the_place_of_the_one_before_and_leaves_the_rest():
+    before = f"{GRID}: [results](x).\n\nMine.\n\n- my list"
+    first = note_of(before)
+    grid, head, verdict, runs, *mine = first.split("\n\n")
+    assert (grid, mine) == (f"{GRID}: [results](x).", ["Mine.", "- my list"])
+    assert head.startswith("**Comparison of Baseline, DTR** (2 runs): [the whole report](")
+    assert verdict.splitlines()[-1] == "- **Note:** few seeds"
+    assert runs == f"Runs: [run0]({run_url('', '1', 'id0')}), [run1]({run_url('', '1', 'id1')})."
+    assert note_of(first) == first
+    assert "9 xx" in (changed := note_of(first, sentences=10))
+    assert changed.count("**Comparison of") == 1
+    assert changed.endswith("\n\nMine.\n\n- my list")
+
+
+def test_a_note_stays_within_what_mlflow_keeps_and_says_that_there_is_more():
+    long = note_of("Mine.", runs=63, sentences=80, width=200)
+    assert len(long) <= 8000
+    assert "- … and more in the report." in long
+    assert long.count("](#/experiments/1/runs/id") == 20
+    assert "43 more." in long
+    assert long.endswith("Mine.")
+    assert "in the report." not in note_of("", sentences=20, width=200)
 
 
 def test_every_run_leads_to_the_report_and_to_the_others(tmp_path):

@@ -274,9 +274,9 @@ def _log(uri: str, runs: Sequence[xr.Dataset], name: str, folder: Path, summary:
     client.log_artifact(parent, str(folder / REPORT))
     client.log_artifacts(parent, str(folder / TABLES_DIR), TABLES_DIR)
     client.log_artifacts(parent, str(folder / FIGURES_DIR), FIGURES_DIR)
-    experiment_id = client.get_run(parent).info.experiment_id
+    parent_run = client.get_run(parent)
+    experiment_id, before = parent_run.info.experiment_id, parent_run.data.tags.get(NOTE_TAG, "")
     members = [(str(run.attrs["run_id"]), str(run.attrs["name"])) for run in runs]
-    before = client.get_run(parent).data.tags.get(NOTE_TAG, "")
     note = comparison_note(before, experiment_id, parent, members, _method_names(summary), said.findings, said.warnings)
     client.set_tag(parent, NOTE_TAG, note)
     client.set_terminated(parent)

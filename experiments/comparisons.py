@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_modules.errors import UserInputError
 from lightning_modules.tracking import records
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 
 def create_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> str:
@@ -24,11 +25,12 @@ def create_comparison(tracking_uri: str, *, experiment: str, comparison: str) ->
     Returns:
         The MLflow run id.
     """
+    from analysis.reading.store import logged_runs
     from lightning_modules.tracking.store import ensure_experiment, mlflow_client
 
     client = mlflow_client(tracking_uri)
     experiment_id = ensure_experiment(client, tracking_uri, experiment)
-    found = _parent(client, experiment_id, comparison)
+    found = _newest_parent(logged_runs(client, experiment_id, kind=records.KIND_COMPARISON), comparison)
     if found is not None:
         return found
     tags = {records.TAG_KIND: records.KIND_COMPARISON, records.TAG_COMPARISON: comparison}
@@ -53,12 +55,11 @@ def find_comparison(tracking_uri: str, *, experiment: str, comparison: str) -> s
             f"no run of experiment {experiment!r} belongs to a comparison {comparison!r}; there are: "
             f"{', '.join(sorted(tags)) or 'none'}"
         )
-    return _parent(client, known.experiment_id, comparison)
+    return _newest_parent(runs, comparison)
 
 
-def _parent(client: MlflowClient, experiment_id: str, comparison: str) -> str | None:
-    """The newest one."""
-    from analysis.reading.store import logged_runs
-
-    parents = logged_runs(client, experiment_id, kind=records.KIND_COMPARISON, comparison=comparison)
+def _newest_parent(runs: Sequence[Run], comparison: str) -> str | None:
+    """Of runs with the oldest first."""
+    wanted = {records.TAG_KIND: records.KIND_COMPARISON, records.TAG_COMPARISON: comparison}
+    parents = [run for run in runs if wanted.items() <= run.data.tags.items()]
     return parents[-1].info.run_id if parents else None
